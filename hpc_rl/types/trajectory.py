@@ -1,0 +1,108 @@
+"""Prompt, trajectory and prompt group: the unit of work of an RL run and what becomes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class BlobRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A large payload (image, latent, episode) that lives outside the bus.
+
+    `where` names a store (`file`, `replica:3`, ...), `key` the object in it, `nbytes` its size and
+    `sha` the hex SHA-256 of its bytes, checked by whoever fetches it.
+    """
+
+    where: str
+    key: str
+    nbytes: int
+    sha: str
+
+
+class VersionSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Generated tokens `[start, end)` were sampled with policy weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to sample one trajectory. `seed` is the seed of the prompt; sample i adds i."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+class Prompt(msgspec.Struct, forbid_unknown_fields=True):
+    """One row of the data set, handed out once per epoch.
+
+    `ordinal` counts prompts over the whole run (epoch * rows + position in that epoch's order) and is
+    the key of the ledger; `row` is the row's index in the data set. `content` is a string (plain
+    prompt) or a list of chat messages; the replica that generates turns it into token ids, so that
+    the controller needs no tokenizer. `fields` carries the row's other columns for the rewards.
+    """
+
+    ordinal: int
+    epoch: int
+    row: int
+    content: str | list[dict[str, Any]]
+    answer: str | None = None
+    fields: dict[str, Any] = {}
+    blobs: dict[str, BlobRef] = {}
+
+
+class Trajectory(msgspec.Struct, forbid_unknown_fields=True):
+    """Prompt tokens, sampled tokens, and what the sampler knew of them.
+
+    `log_probs[t]` is the log-probability of `token_ids[t]` under softmax(logits / temperature), as
+    recorded by the sampler (fp32); non-finite values are kept and dropped from the loss mask later.
+    `spans` cover `[0, len(token_ids))` without gaps. `loss_mask[t]` is 0 for tokens the policy did
+    not write (tool output); an empty list means all ones. `finish` is `stop`, `length` or `abort`.
+    """
+
+    ordinal: int
+    sample: int
+    replica: int
+    prompt_ids: list[int]
+    token_ids: list[int]
+    log_probs: list[float]
+    spans: list[VersionSpan]
+    finish: str
+    text: str = ""
+    loss_mask: list[int] = []
+    rewards: dict[str, float] = {}
+    reward: float = 0.0
+    seconds: float = 0.0
+    blobs: dict[str, BlobRef] = {}
+
+    @property
+    def oldest_version(self) -> int:
+        """The version of the oldest weights that made a token (0 for an empty answer)."""
+        return min((span.version for span in self.spans), default=0)
+
+
+class PromptGroup(msgspec.Struct, forbid_unknown_fields=True):
+    """The G trajectories of one prompt (GRPO's group)."""
+
+    prompt: Prompt
+    trajectories: list[Trajectory]
+
+
+class TrainSample(msgspec.Struct, forbid_unknown_fields=True):
+    """One sequence for the learner: `token_ids` is prompt + answer, all lists have its length.
+
+    `loss_mask[t]` is 1 where token t is trained on (never the first token); `log_probs[t]` is the
+    sampler's log-prob of token t (0.0 where the mask is 0); `advantages[t]` likewise per token.
+    """
+
+    ordinal: int
+    sample: int
+    token_ids: list[int]
+    loss_mask: list[int]
+    log_probs: list[float]
+    advantages: list[float]
+    version: int = 0
