@@ -1,0 +1,115 @@
+"""From scored prompt groups to one `TrainStep` per policy rank.
+
+Everything that must be counted over all ranks and micro-batches is counted here, once, after every
+mask: the policy only divides. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpc_rl.algorithms.advantages import group_advantages
+from hpc_rl.bus.messages import MicroBatch, TrainStep
+from hpc_rl.data.packing import pack
+from hpc_rl.types import PromptGroup, TrainSample, Trajectory
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What of the recipe decides how a step is packed."""
+
+    data_parallel: int
+    ranks_per_replica: int  # tp * pp * cp: ranks that see the same samples
+    micro_batch_tokens: int
+    normalize_std: bool
+    aggregation: str  # token_mean | sequence_mean
+
+
+def to_sample(trajectory: Trajectory, advantage: float) -> TrainSample:
+    """Prompt + answer as one sequence; tokens with a non-finite sampler log-prob leave the mask."""
+    before = len(trajectory.prompt_ids)
+    mask = trajectory.loss_mask or [1] * len(trajectory.token_ids)
+    mask = [int(m and math.isfinite(lp)) for m, lp in zip(mask, trajectory.log_probs, strict=True)]
+    log_probs = [lp if m else 0.0 for m, lp in zip(mask, trajectory.log_probs, strict=True)]
+    return TrainSample(
+        ordinal=trajectory.ordinal,
+        sample=trajectory.sample,
+        token_ids=trajectory.prompt_ids + trajectory.token_ids,
+        loss_mask=[0] * before + mask,
+        log_probs=[0.0] * before + log_probs,
+        advantages=[0.0] * before + [advantage * m for m in mask],
+        version=trajectory.oldest_version,
+    )
+
+
+def make_samples(groups: list[PromptGroup], normalize_std: bool) -> list[TrainSample]:
+    """Advantages per group (they need rewards alone), then one sample per trajectory, in order."""
+    samples = []
+    for group in groups:
+        rewards = np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
+        advantages = group_advantages(rewards, normalize_std=normalize_std)
+        samples += [to_sample(t, float(a)) for t, a in zip(group.trajectories, advantages, strict=True)]
+    return samples
+
+
+def loss_denominator(samples: list[TrainSample], aggregation: str) -> float:
+    """Tokens (token_mean) or non-empty sequences (sequence_mean) of the whole optimizer step."""
+    tokens = [sum(sample.loss_mask) for sample in samples]
+    if aggregation == "token_mean":
+        return float(sum(tokens))
+    if aggregation == "sequence_mean":
+        return float(sum(1 for count in tokens if count))
+    raise ValueError(f"unknown loss aggregation {aggregation!r}; known: token_mean, sequence_mean")
+
+
+def train_steps(step: int, samples: list[TrainSample], options: BatchOptions) -> list[TrainStep]:
+    """One `TrainStep` per policy rank, with equal numbers of micro-batches.
+
+    Raises ValueError when no token of the whole step can be trained on.
+    """
+    denominator = loss_denominator(samples, options.aggregation)
+    if denominator == 0:
+        raise ValueError(
+            f"step {step}: no token of {len(samples)} trajectories can be trained on "
+            "(all answers empty, masked, or without finite log-probs)"
+        )
+    lengths = [len(sample.token_ids) for sample in samples]
+    plan = pack(lengths, options.micro_batch_tokens, options.data_parallel)
+    commands = []
+    for micro_batches in plan:
+        command = TrainStep(
+            step=step,
+            micro_batches=[MicroBatch([samples[i] for i in indices]) for indices in micro_batches],
+            denominator=denominator,
+        )
+        commands += [command] * options.ranks_per_replica
+    return commands
+
+
+def rollout_metrics(groups: list[PromptGroup], version: int) -> dict[str, float]:
+    """What the batch says of the rollouts: rewards, lengths, staleness against `version`."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    if not trajectories:
+        return {}
+    rewards = np.array([t.reward for t in trajectories])
+    lengths = np.array([len(t.token_ids) for t in trajectories])
+    stale = np.array([version - t.oldest_version for t in trajectories])
+    spread = [np.ptp([t.reward for t in group.trajectories]) for group in groups]
+    metrics = {
+        "rollout/reward_mean": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std()),
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated": float(np.mean([t.finish == "length" for t in trajectories])),
+        "rollout/staleness_mean": float(stale.mean()),
+        "rollout/staleness_max": float(stale.max()),
+        "rollout/zero_variance_groups": float(np.mean([s == 0 for s in spread])),
+        "rollout/tokens": float(lengths.sum()),
+        "rollout/groups": float(len(groups)),
+    }
+    for name in sorted({name for t in trajectories for name in t.rewards}):
+        metrics[f"reward/{name}"] = float(np.mean([t.rewards.get(name, math.nan) for t in trajectories]))
+    return metrics

@@ -1,0 +1,68 @@
+"""What a run tells the world while it runs: metrics.jsonl, W&B, Slurm's job comment.
+
+`metrics.jsonl` has one object per step. An evaluation of step s ends while later steps run, so the
+rows from s on are held back until it is done, and written in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from hpc_rl.telemetry.console import job_comment, step_line
+from hpc_rl.telemetry.metrics import MetricsLog
+
+LOG = logging.getLogger("hpc_rl.controller")
+COMMENT_EVERY_S = 10.0
+
+
+class Recorder:
+    """The only writer of the run's metrics. `wandb` and `comment` may be None."""
+
+    def __init__(self, path: Path, attempt: int, total: int | None, wandb=None, comment=None) -> None:  # type: ignore[no-untyped-def]
+        self.log = MetricsLog(path, attempt)
+        self.total = total
+        self._wandb, self._comment = wandb, comment
+        self._rows: dict[int, dict[str, float]] = {}
+        self._held: set[int] = set()
+        self._commented = 0.0
+
+    def hold(self, step: int) -> None:
+        """The row of `step` waits for an evaluation."""
+        self._held.add(step)
+        self._rows.setdefault(step, {})
+
+    def release(self, step: int, values: dict[str, float]) -> None:
+        """The evaluation of `step` is done (or given up, with no values)."""
+        self._held.discard(step)
+        self._rows.setdefault(step, {}).update(values)
+        self._write()
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        self._rows.setdefault(step, {}).update(values)
+        self._write()
+
+    def flush(self) -> None:
+        """Write what is still held back, without its evaluation (the run is ending)."""
+        self._held.clear()
+        self._write()
+
+    def _write(self) -> None:
+        for step in sorted(self._rows):
+            if any(held <= step for held in self._held):
+                return
+            row = self.log.append(step, self._rows.pop(step))
+            LOG.info("%s", step_line(row, self.total))
+            if self._wandb is not None:
+                self._wandb.log(row)
+            self._show(row)
+
+    def _show(self, row: dict) -> None:
+        if self._comment is None or time.monotonic() - self._commented < COMMENT_EVERY_S:
+            return
+        self._commented = time.monotonic()
+        text = job_comment(row, self.total)
+        # slurmctld can take seconds to answer; the step must not wait for it.
+        threading.Thread(target=self._comment, args=(text,), daemon=True).start()
