@@ -1,0 +1,1 @@
+"""The bus: typed messages over the run's own Redis. The only room that knows Redis. No torch."""
