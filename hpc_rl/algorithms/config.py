@@ -1,0 +1,35 @@
+"""What a recipe may say under `algorithm:`. Torch-free; the implementations are the neighbours."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from hpc_rl.recipe.schema import NonNegative, Positive, Section
+
+
+class Correction(Section):
+    """Off-policy correction by the sampler's recorded log-probs: truncated importance sampling."""
+
+    kind: Literal["tis", "none"] = "tis"
+    cap: float = Field(2.0, gt=0)
+
+
+class GrpoConfig(Section):
+    """Group-relative policy optimisation. `max_staleness` is in policy versions; 0 is synchronous."""
+
+    group_size: Positive = 8
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.2, ge=0)
+    kl_beta: float = Field(0.0, ge=0)
+    max_staleness: NonNegative = 2
+    correction: Correction = Correction()
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    normalize_std: bool = True
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning: cross-entropy on completion tokens. No options yet."""

@@ -1,0 +1,200 @@
+"""Checks over several keys of one recipe; what needs the site as well is in the plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from hpc_rl.recipe.messages import is_secret
+from hpc_rl.recipe.schema import Recipe
+from hpc_rl.recipe.yaml_source import KeyPath, Problem, Source, dotted
+
+SECRET_NAME = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_TIME = re.compile(r"(?:(?P<d>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+))?(?::(?P<ds>\d+))?|(?P<rest>\d+(?::\d+){0,2}))\Z")
+# sbatch options that the plan writes itself, and the recipe key that sets them
+_OWNED = {
+    "time": "cluster.time",
+    "t": "cluster.time",
+    "nodes": "cluster.<role>.nodes",
+    "N": "cluster.<role>.nodes",
+    "partition": "cluster.<role>.partition",
+    "p": "cluster.<role>.partition",
+    "account": "cluster.<role>.account",
+    "A": "cluster.<role>.account",
+    "qos": "cluster.<role>.qos",
+    "q": "cluster.<role>.qos",
+    "constraint": "cluster.<role>.constraint",
+    "C": "cluster.<role>.constraint",
+    "mem": "cluster.<role>.mem",
+    "cpus-per-task": "cluster.<role>.cpus_per_task",
+    "c": "cluster.<role>.cpus_per_task",
+    "gres": "cluster.<role>.gpus_per_node and the site's gpus",
+    "gpus": "cluster.<role>.gpus_per_node and the site's gpus",
+    "gpus-per-node": "cluster.<role>.gpus_per_node",
+    "gpus-per-task": "the site's gpus.style",
+    "G": "cluster.<role>.gpus_per_node",
+    "ntasks": "policy.parallel and rollout.replicas",
+    "n": "policy.parallel and rollout.replicas",
+    "ntasks-per-node": "policy.parallel and rollout.replicas",
+    "job-name": "name",
+    "J": "name",
+    "signal": "cluster.signal_seconds",
+    "export": "cluster.variables and cluster.secrets",
+}
+_FORBIDDEN = ("output", "o", "error", "e", "requeue", "no-requeue", "array", "a", "open-mode", "wrap", "parsable", "chdir", "D")
+
+
+def parse_time(text: str) -> int:
+    """Minutes (rounded up) of a Slurm time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ValueError."""
+    match = _TIME.match(text)
+    if match is None:
+        raise ValueError("must be a Slurm time such as 90 (minutes), 08:00:00 or 1-12:00:00")
+    if match["rest"]:
+        parts = [int(part) for part in match["rest"].split(":")]
+        # one number is minutes, two are minutes:seconds, three are hours:minutes:seconds
+        hours, minutes, seconds = {1: (0, parts[0], 0), 2: (0, *parts[:2]), 3: tuple(parts[:3])}[len(parts)]  # type: ignore[misc]
+    else:
+        hours = int(match["d"]) * 24 + int(match["dh"])
+        minutes, seconds = int(match["dm"] or 0), int(match["ds"] or 0)
+    total = hours * 3600 + minutes * 60 + seconds
+    if total < 60:
+        raise ValueError("must be at least one minute")
+    return -(-total // 60)
+
+
+def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
+    """Everything that can be said without the site."""
+    problems: list[Problem] = []
+
+    def bad(message: str, *path: str | int) -> None:
+        place = source.where(path)
+        problems.append(Problem(str(place) if place else "", dotted(path), message))
+
+    for checker in (_kind, _length, _batch, _rollout, _cluster):
+        for path, message in checker(recipe):
+            bad(message, *path)
+    if "micro_batch_size" in recipe.policy.model_fields_set and recipe.policy.micro_batch_size is not None:
+        if "micro_batch_tokens" not in recipe.policy.model_fields_set:
+            recipe.policy.micro_batch_tokens = None
+        elif recipe.policy.micro_batch_tokens is not None:
+            bad("both micro_batch_size and micro_batch_tokens are set; keep one", "policy", "micro_batch_size")
+    elif recipe.policy.micro_batch_tokens is None:
+        bad("set micro_batch_tokens, or micro_batch_size where nothing is packed", "policy", "micro_batch_tokens")
+    return problems
+
+
+Found = Iterator[tuple[KeyPath, str]]
+
+
+def _kind(recipe: Recipe) -> Found:
+    if recipe.kind == "rl":
+        if recipe.rollout is None:
+            yield ("rollout",), "kind rl needs a rollout section (engine, replicas, max_tokens)"
+        if not recipe.reward and recipe.simulator is None:
+            yield ("reward",), "kind rl needs at least one reward, for example [{name: gsm8k, weight: 1.0}]"
+        if recipe.algorithm.get("name") == "sft":
+            yield ("algorithm", "name"), "is 'sft', which belongs to kind sft; for kind rl use grpo"
+        return
+    for name, present in (
+        ("rollout", recipe.rollout is not None),
+        ("reward", bool(recipe.reward)),
+        ("simulator", recipe.simulator is not None),
+    ):
+        if present:
+            empty = "[]" if name == "reward" else "null"
+            yield (name,), f"kind {recipe.kind} has no {name}; remove it, or set it to {empty} if it is inherited"
+    if recipe.kind == "sft" and recipe.algorithm.get("name") not in (None, "sft"):
+        yield ("algorithm", "name"), f"is {recipe.algorithm['name']!r}; kind sft has algorithm sft (or none)"
+
+
+def _length(recipe: Recipe) -> Found:
+    policy = recipe.policy
+    if policy.steps is None and policy.epochs is None:
+        yield ("policy",), "set policy.steps or policy.epochs"
+    if policy.steps is not None and policy.epochs is not None:
+        yield ("policy", "epochs"), "both policy.steps and policy.epochs are set; keep one (set the other to null)"
+
+
+def _batch(recipe: Recipe) -> Found:
+    policy, parallel = recipe.policy, recipe.policy.parallel
+    data_parallel = parallel.dp_replicate * parallel.dp_shard
+    if policy.batch_size % data_parallel:
+        yield (
+            ("policy", "batch_size"),
+            f"is {policy.batch_size}; must be divisible by the {data_parallel} data-parallel ranks "
+            f"(dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard})",
+        )
+    group_size = recipe.algorithm.get("group_size")
+    if recipe.kind == "rl" and isinstance(group_size, int) and policy.batch_size % group_size:
+        lower = policy.batch_size // group_size * group_size
+        yield (
+            ("policy", "batch_size"),
+            f"is {policy.batch_size}; must be divisible by algorithm.group_size {group_size} "
+            f"(nearest: {lower or group_size} or {lower + group_size})",
+        )
+    if parallel.dp_shard * parallel.cp % parallel.ep:
+        yield (
+            ("policy", "parallel", "ep"),
+            f"is {parallel.ep}; must divide dp_shard x cp = {parallel.dp_shard * parallel.cp}",
+        )
+
+
+def _rollout(recipe: Recipe) -> Found:
+    rollout = recipe.rollout
+    if rollout is None:
+        return
+    if rollout.max_model_len is not None and rollout.max_model_len <= rollout.max_tokens:
+        yield (
+            ("rollout", "max_model_len"),
+            f"is {rollout.max_model_len}; must be larger than rollout.max_tokens {rollout.max_tokens} (prompt + answer)",
+        )
+
+
+def _cluster(recipe: Recipe) -> Found:
+    cluster = recipe.cluster
+    try:
+        minutes = parse_time(cluster.time)
+        if cluster.signal_seconds >= minutes * 60:
+            yield (
+                ("cluster", "signal_seconds"),
+                f"is {cluster.signal_seconds}; must be shorter than cluster.time ({minutes} minutes)",
+            )
+    except ValueError as error:
+        yield ("cluster", "time"), f"is {cluster.time!r}; {error}"
+    for index, name in enumerate(cluster.secrets):
+        if not SECRET_NAME.match(name) or name.startswith(("HF_", "WANDB_")) and len(name) > 40:
+            # the text may be the secret itself, so it is not repeated
+            yield (
+                ("cluster", "secrets", index),
+                "must be the NAME of an environment variable ([A-Z_][A-Z0-9_]*), such as HF_TOKEN; "
+                "never write the value: it is read from your environment (text not shown)",
+            )
+    groups = {"policy": cluster.policy, "rollout": cluster.rollout, "reward": cluster.reward}
+    yield from _variables(cluster.variables, ("cluster", "variables"))
+    for role, group in groups.items():
+        if group is not None:
+            yield from _variables(group.variables, ("cluster", role, "variables"))
+            yield from _sbatch(group.sbatch, ("cluster", role, "sbatch"))
+    yield from _sbatch(cluster.controller.sbatch, ("cluster", "controller", "sbatch"))
+
+
+def _variables(variables: dict[str, str], path: KeyPath) -> Found:
+    for name, value in variables.items():
+        if not _VARIABLE.match(name):
+            yield (*path, name), "is not a name of an environment variable"
+        elif is_secret((name.lower(),)):
+            yield (*path, name), "looks like a secret; list its name under cluster.secrets and export it in your shell"
+        elif "\n" in value or "\0" in value:
+            yield (*path, name), "must be one line"
+
+
+def _sbatch(options: list[str], path: KeyPath) -> Found:
+    for index, option in enumerate(options):
+        name = re.split(r"[=\s]", option.strip(), maxsplit=1)[0].lstrip("-")
+        if not option.strip().startswith("-") or not name or "\n" in option:
+            yield (*path, index), f"is {option!r}; must be one sbatch option such as --reservation=NAME"
+        elif name in _OWNED:
+            yield (*path, index), f"is {option!r}; this option is set by {_OWNED[name]}"
+        elif name in _FORBIDDEN:
+            yield (*path, index), f"is {option!r}; hpc-rl sets --{name} itself and depends on it"

@@ -1,0 +1,178 @@
+"""Registries of what users may add: algorithms, rewards, engines, transports, trainers, ...
+
+A member is a name with two references, `module:attribute`: its torch-free pydantic `Config` (what
+the recipe may say) and its implementation. Built-ins are plain strings here, so that reading a
+recipe imports one small config module and nothing else. Other members come from `plugins:` (a
+plugin calls `register`) or from installed packages (entry-point group `hpc_rl.<kind>`, name ->
+`module:attribute` of a `Member`), which are scanned only when a name is otherwise unknown.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from hpc_rl.recipe.schema import Section
+
+
+class NoOptions(Section):
+    """The config of a member without options."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One extension. `config` is None when it has no options."""
+
+    implementation: str
+    config: str | None = None
+
+
+class UnknownExtension(ValueError):
+    """No member of that name. `known` lists the names there are."""
+
+    def __init__(self, kind: str, name: str, known: list[str]) -> None:
+        import difflib
+
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        super().__init__(
+            f"no {kind} extension is called {name!r}.{hint} Known: {', '.join(known) or 'none'}. "
+            "Others are added by 'plugins:' or by installing the package that has them."
+        )
+        self.known = known
+
+
+_BUILT_IN: dict[str, dict[str, Member]] = {
+    "algorithms": {
+        "grpo": Member("hpc_rl.algorithms.grpo:Grpo", "hpc_rl.algorithms.config:GrpoConfig"),
+        "sft": Member("hpc_rl.algorithms.sft:Sft", "hpc_rl.algorithms.config:SftConfig"),
+    },
+    "rewards": {
+        "gsm8k": Member("hpc_rl.rewards.gsm8k:Gsm8k", "hpc_rl.rewards.config:Gsm8kConfig"),
+        "format": Member("hpc_rl.rewards.format:Format", "hpc_rl.rewards.config:FormatConfig"),
+        "exact": Member("hpc_rl.rewards.exact:Exact", "hpc_rl.rewards.config:ExactConfig"),
+        "contains": Member("hpc_rl.rewards.contains:Contains", "hpc_rl.rewards.config:ContainsConfig"),
+    },
+    "engines": {
+        "vllm": Member("hpc_rl.rollout.engines.vllm:VllmEngine", "hpc_rl.rollout.engines.config:VllmOptions"),
+        "hf": Member("hpc_rl.rollout.engines.hf:HfEngine", "hpc_rl.rollout.engines.config:HfOptions"),
+    },
+    "transports": {
+        "nccl": Member("hpc_rl.weights.nccl:NcclTransport"),
+        "gloo": Member("hpc_rl.weights.gloo:GlooTransport"),
+    },
+    "trainers": {"fsdp2": Member("hpc_rl.policy.fsdp2:Fsdp2Trainer")},
+    "models": {},
+    "data": {},
+    "simulators": {},
+}
+
+
+class Registry:
+    """The members of one kind. Lookups go built-in, then registered, then entry points."""
+
+    def __init__(self, kind: str, built_in: dict[str, Member]) -> None:
+        self.kind = kind
+        self._members = dict(built_in)
+        self._scanned = False
+
+    def register(self, name: str, member: Member) -> None:
+        """Add `member`. A name that is taken by another member is an error."""
+        present = self._members.get(name)
+        if present is not None and present != member:
+            raise ValueError(f"{self.kind} extension {name!r} is already {present.implementation}; choose another name")
+        self._members[name] = member
+
+    def names(self) -> list[str]:
+        """All names, entry points included."""
+        self._scan()
+        return sorted(self._members)
+
+    def member(self, name: str) -> Member:
+        """The member called `name`. Raises UnknownExtension with the names there are."""
+        if name not in self._members:
+            self._scan()
+        if name not in self._members:
+            raise UnknownExtension(self.kind, name, sorted(self._members))
+        return self._members[name]
+
+    def config_class(self, name: str) -> type[BaseModel]:
+        """The pydantic class of the member's options (imports that one module)."""
+        reference = self.member(name).config
+        if reference is None:
+            return NoOptions
+        found = _resolve(reference)
+        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+            raise TypeError(f"config {reference!r} of {self.kind} extension {name!r} is not a pydantic model")
+        return found
+
+    def config(self, name: str, mapping: dict[str, Any]) -> Any:
+        """The validated options of `name` (an instance of its config class).
+
+        `mapping` holds the options alone or the whole recipe section (`name` and, where the config
+        has no such field, `weight` are left out). Raises RecipeError naming every bad key.
+        """
+        from hpc_rl.recipe.messages import validate
+        from hpc_rl.recipe.yaml_source import RecipeError, Source
+
+        cls = self.config_class(name)
+        options = options_of(cls, mapping)
+        instance, problems = validate(cls, options, Source(options), ())
+        if instance is None:
+            raise RecipeError(problems)
+        return instance
+
+    def load(self, name: str) -> Any:
+        """The implementation of `name`, imported now."""
+        return _resolve(self.member(name).implementation)
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        from importlib.metadata import entry_points
+
+        for point in entry_points(group=f"hpc_rl.{self.kind}"):
+            if point.name not in self._members:
+                found = point.load()
+                if not isinstance(found, Member):
+                    raise TypeError(f"entry point hpc_rl.{self.kind}: {point.name} is not a Member but {found!r}")
+                self._members[point.name] = found
+
+
+_REGISTRIES = {kind: Registry(kind, members) for kind, members in _BUILT_IN.items()}
+
+
+def registry(kind: str) -> Registry:
+    """The registry of `kind` (`algorithms`, `rewards`, `engines`, `transports`, `trainers`, ...)."""
+    if kind not in _REGISTRIES:
+        raise ValueError(f"no extensions of kind {kind!r}; kinds are {', '.join(sorted(_REGISTRIES))}")
+    return _REGISTRIES[kind]
+
+
+def register(kind: str, name: str, *, implementation: str, config: str | None = None) -> None:
+    """For plugins: make `name` usable in recipes. Both references are `module:attribute` strings."""
+    for reference in (implementation, config):
+        if reference is not None and reference.count(":") != 1:
+            raise ValueError(f"{reference!r} must look like 'module:attribute'")
+    registry(kind).register(name, Member(implementation, config))
+
+
+def options_of(cls: type[BaseModel], mapping: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recipe section that is the extension's own."""
+    kept = {key: value for key, value in mapping.items() if key != "name"}
+    if "weight" not in cls.model_fields:
+        kept.pop("weight", None)
+    return kept
+
+
+def _resolve(reference: str) -> Any:
+    module_name, _, attribute = reference.partition(":")
+    module = importlib.import_module(module_name)
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise ImportError(f"module {module_name} has no {attribute!r} (from {reference!r})") from error

@@ -1,0 +1,218 @@
+"""From files to one mapping: `extends` chains merged from the base up, then `a.b=value` overrides.
+
+Mappings merge key by key, everything else is replaced. When a section names another extension
+(`algorithm.name`, `rollout.engine`), its base's options are dropped, not mixed in; a key that
+excludes another (`steps` and `epochs`) removes the one that a lower layer set.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hpc_rl.recipe.share import share_dir
+from hpc_rl.recipe.yaml_source import (
+    KeyPath,
+    Problem,
+    RecipeError,
+    Source,
+    Where,
+    dotted,
+    parse_value,
+    read_yaml,
+)
+
+# section -> keys of which a higher layer's choice removes the lower layer's
+_EXCLUSIVE: list[tuple[KeyPath, KeyPath]] = [
+    (("policy", "steps"), ("policy", "epochs")),
+    (("policy", "micro_batch_size"), ("policy", "micro_batch_tokens")),
+]
+# (path of a name, path of the options that belong to that name; None: the rest of the section)
+_NAMED: list[tuple[KeyPath, KeyPath | None]] = [
+    (("algorithm", "name"), None),
+    (("simulator", "name"), None),
+    (("rollout", "engine"), ("rollout", "engine_options")),
+    (("policy", "trainer"), ("policy", "trainer_options")),
+]
+
+
+def find_recipe(name: str, folder: Path) -> Path:
+    """A recipe file by path (relative to `folder`) or by the name of a shipped one.
+
+    Raises FileNotFoundError that lists the shipped names.
+    """
+    path = Path(name).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if path.is_file():
+        return path
+    shipped = share_dir("recipes")
+    for candidate in (shipped / name, shipped / f"{name}.yaml"):
+        if candidate.is_file() and candidate.resolve().parent == shipped.resolve():
+            return candidate
+    known = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise FileNotFoundError(f"no recipe file {str(path)!r}; shipped recipes: {known}")
+
+
+def read_layers(path: Path) -> Source:
+    """The recipe at `path` with everything it extends. Raises RecipeError (also for a cycle)."""
+    chain: list[tuple[Path, Source]] = []
+    while True:
+        resolved = path.resolve()
+        seen = [str(file) for file, _ in chain]
+        if str(resolved) in seen:
+            source = chain[-1][1]
+            loop = " -> ".join([*seen[seen.index(str(resolved)) :], str(resolved)])
+            raise RecipeError([Problem(str(source.where(("extends",))), "extends", f"goes round in a circle: {loop}")])
+        source = read_yaml(path)
+        chain.append((resolved, source))
+        base = source.data.get("extends")
+        if base is None:
+            break
+        where = str(source.where(("extends",)))
+        if not isinstance(base, str):
+            raise RecipeError([Problem(where, "extends", "must be one file or the name of a shipped recipe")])
+        try:
+            path = find_recipe(base, resolved.parent)
+        except FileNotFoundError as error:
+            raise RecipeError([Problem(where, "extends", str(error))]) from error
+    merged = chain[-1][1]
+    for _, source in reversed(chain[:-1]):
+        merged = merge(merged, source)
+    return merged
+
+
+def merge(base: Source, top: Source) -> Source:
+    """`top` laid over `base`."""
+    data = _copy(base.data)
+    places = dict(base.places)
+    for name, options in _NAMED:
+        if _get(top.data, name) is not None and _get(top.data, name) != _get(data, name):
+            _remove(data, places, options if options is not None else name[:-1])
+    for one, other in _EXCLUSIVE:
+        for new, old in ((one, other), (other, one)):
+            if _get(top.data, new) is not None and _get(top.data, old) is None:
+                _remove(data, places, old)
+    _merge_into(data, places, top.data, top.places, ())
+    return Source(data, places)
+
+
+def _merge_into(
+    data: dict[str, Any], places: dict[KeyPath, Where], top: dict[str, Any], top_places: dict[KeyPath, Where], at: KeyPath
+) -> None:
+    for key, value in top.items():
+        path = (*at, key)
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge_into(data[key], places, value, top_places, path)
+        else:
+            _remove_places(places, path)
+            data[key] = _copy(value)
+            places.update({old: place for old, place in top_places.items() if old[: len(path)] == path})
+        places[path] = top_places.get(path, places.get(path, Where("override", None, Path.cwd())))
+
+
+def apply_overrides(source: Source, overrides: list[str]) -> Source:
+    """The source with `a.b=value` texts applied in order. Raises RecipeError."""
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            source = _apply(source, text)
+        except ValueError as error:
+            problems.append(Problem(f"override '{shown_override(text)}'", "", str(error)))
+    if problems:
+        raise RecipeError(problems)
+    return source
+
+
+def shown_override(text: str) -> str:
+    """The override as it may appear in a message: a value that may be a secret is hidden."""
+    from hpc_rl.recipe.messages import is_secret
+
+    key, mark, value = text.partition("=")
+    path: KeyPath = tuple(key.split("."))
+    return f"{key}{mark}(hidden)" if is_secret(path) else f"{key}{mark}{value}"
+
+
+def _apply(source: Source, text: str) -> Source:
+    key, mark, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not mark or not all(parts):
+        raise ValueError("must look like a.b=value, for example policy.steps=10")
+    path: list[str | int] = []
+    value = parse_value(raw)
+    current: Any = source.data
+    for part in parts:
+        if isinstance(current, list):
+            path.append(_index(part, current, path))
+            current = current[path[-1]] if path[-1] < len(current) else None  # type: ignore[operator, index]
+        else:
+            path.append(part)
+            current = current.get(part) if isinstance(current, dict) else None
+    plain = raw if not isinstance(value, dict | list) else None
+    where = Where(f"override '{shown_override(text)}'", None, Path.cwd(), plain)
+    if all(isinstance(part, str) for part in path):
+        nested: Any = value
+        for part in reversed(path):
+            nested = {part: nested}
+        places = {tuple(path[:end]): where for end in range(1, len(path) + 1)}
+        merged = merge(source, Source(nested, places))
+        # the parents were written in the file; only the value itself is the override's
+        merged.places.update({old: place for old, place in source.places.items() if old in places and old != tuple(path)})
+        return merged
+    return _set_in_list(source, path, value, where)
+
+
+def _index(part: str, items: list[Any], path: list[str | int]) -> int:
+    if not part.isdigit():
+        raise ValueError(f"{dotted(tuple(path))} is a list; use a number, for example {dotted(tuple(path))}.0")
+    if int(part) > len(items):
+        raise ValueError(f"{dotted(tuple(path))} has {len(items)} entries; index {part} is beyond its end")
+    return int(part)
+
+
+def _set_in_list(source: Source, path: list[str | int], value: Any, where: Where) -> Source:
+    data = _copy(source.data)
+    target: Any = data
+    for index, part in enumerate(path[:-1]):
+        if isinstance(target, list) and part == len(target):
+            target.append({})
+        elif isinstance(target, dict) and not isinstance(target.get(str(part)), dict | list):
+            target[str(part)] = {}
+        target = target[part]
+        if not isinstance(target, dict | list):
+            raise ValueError(f"{dotted(tuple(path[: index + 1]))} is not a mapping")
+    if isinstance(target, list) and path[-1] == len(target):
+        target.append(value)
+    else:
+        target[path[-1]] = value
+    places = dict(source.places)
+    _remove_places(places, tuple(path))
+    places[tuple(path)] = where
+    return Source(data, places)
+
+
+def _get(data: Any, path: KeyPath) -> Any:
+    for part in path:
+        if not isinstance(data, dict) or part not in data:
+            return None
+        data = data[part]
+    return data
+
+
+def _remove(data: dict[str, Any], places: dict[KeyPath, Where], path: KeyPath) -> None:
+    parent = _get(data, path[:-1]) if len(path) > 1 else data
+    if isinstance(parent, dict) and path[-1] in parent:
+        del parent[path[-1]]
+        _remove_places(places, path)
+
+
+def _remove_places(places: dict[KeyPath, Where], path: KeyPath) -> None:
+    for old in [old for old in places if old[: len(path)] == path]:
+        del places[old]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_copy(inner) for inner in value]
+    return value

@@ -1,0 +1,182 @@
+"""Load a recipe: layers, overrides, plugins, schema, extensions, cross-field checks.
+
+`load_recipe` is the only way in; everything that is wrong is reported at once, as one RecipeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpc_rl.recipe.checks import cross_checks
+from hpc_rl.recipe.extensions import UnknownExtension, options_of, registry
+from hpc_rl.recipe.layers import apply_overrides, find_recipe, read_layers
+from hpc_rl.recipe.messages import validate
+from hpc_rl.recipe.plugins import PluginError, copy_plugins, import_plugin, is_file_plugin, locate
+from hpc_rl.recipe.schema import Recipe
+from hpc_rl.recipe.yaml_source import KeyPath, Problem, RecipeError, Source, dotted
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv")
+
+
+@dataclass
+class LoadedRecipe:
+    """A valid recipe and where it came from.
+
+    `recipe` has every default and every local path absolute (`output_root` excepted: the plan
+    settles it). `plugins` are module names and files as found here; `recipe.plugins` holds the
+    names under which a run finds them again in its `code/`.
+    """
+
+    recipe: Recipe
+    source: Source
+    path: Path
+    plugins: list[str | Path] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The complete recipe as plain data."""
+        return self.recipe.model_dump(mode="json")
+
+    def where(self, *path: str | int) -> str:
+        """`file:line` of a key, or of its nearest written parent."""
+        place = self.source.where(path)
+        return str(place) if place else str(self.path)
+
+    def problem(self, message: str, *path: str | int) -> Problem:
+        """A Problem at `path`, for checks that run after loading."""
+        return Problem(self.where(*path), dotted(path), message)
+
+    def written(self, *path: str | int) -> bool:
+        """True when the recipe (or an override) says something at `path` itself."""
+        return path in self.source.places
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, merge and validate a recipe; `path` is a file or the name of a shipped recipe.
+
+    Raises RecipeError with one Problem per mistake: file, line, key, bad value, what is allowed.
+    """
+    try:
+        file = find_recipe(str(path), Path.cwd())
+    except FileNotFoundError as error:
+        raise RecipeError([Problem("", "", str(error))]) from error
+    source = apply_overrides(read_layers(file), list(overrides))
+    plugins, problems = _plugins(source)
+    recipe, schema_problems = validate(Recipe, source.data, source)
+    problems += schema_problems
+    if recipe is None:
+        raise RecipeError(problems)
+    problems += _extensions(recipe, source)
+    problems += cross_checks(recipe, source)
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+    _localise(recipe, source)
+    recipe.plugins = [plugin.name if isinstance(plugin, Path) else plugin for plugin in plugins]
+    return LoadedRecipe(recipe, source, file, plugins, list(overrides))
+
+
+def save_plugins(loaded: LoadedRecipe, code_dir: Path) -> None:
+    """Copy the recipe's `.py` plugins into the run's `code/`."""
+    copy_plugins(loaded.plugins, code_dir)
+
+
+def _at(source: Source, path: KeyPath, message: str) -> Problem:
+    place = source.where(path)
+    return Problem(str(place) if place else "", dotted(path), message)
+
+
+def _plugins(source: Source) -> tuple[list[str | Path], list[Problem]]:
+    """Find and import the plugins, so that the extensions they register are known below."""
+    listed = source.data.get("plugins")
+    found: list[str | Path] = []
+    problems: list[Problem] = []
+    for index, name in enumerate(listed if isinstance(listed, list) else []):
+        if not isinstance(name, str):
+            continue  # the schema says so
+        place = source.where(("plugins", index))
+        folder = place.folder if place else Path.cwd()
+        try:
+            plugin = locate(name, folder) if is_file_plugin(name) else name
+            if isinstance(plugin, Path) and any(isinstance(p, Path) and p.name == plugin.name for p in found):
+                raise PluginError(f"two plugin files are called {plugin.name!r}; rename one")
+            import_plugin(plugin)
+            found.append(plugin)
+        except PluginError as error:
+            problems.append(_at(source, ("plugins", index), str(error)))
+    return found, problems
+
+
+def _extensions(recipe: Recipe, source: Source) -> list[Problem]:
+    """Validate the extensions' sections by their own configs and write their defaults."""
+    problems: list[Problem] = []
+
+    def options(kind: str, name: Any, mapping: dict[str, Any], path: KeyPath, name_path: KeyPath) -> dict[str, Any]:
+        if not isinstance(name, str):
+            problems.append(_at(source, name_path, "is required and missing" if name is None else "must be text"))
+            return {}
+        try:
+            cls = registry(kind).config_class(name)
+        except UnknownExtension as error:
+            problems.append(_at(source, name_path, str(error)))
+            return {}
+        config, found = validate(cls, options_of(cls, mapping), source, path)
+        problems.extend(found)
+        return config.model_dump(mode="json") if config else {}
+
+    if recipe.algorithm or recipe.kind != "sft":
+        name = recipe.algorithm.get("name")
+        config = options("algorithms", name, recipe.algorithm, ("algorithm",), ("algorithm", "name"))
+        recipe.algorithm = {"name": name, **config}
+    else:
+        recipe.algorithm = {"name": "sft"}
+    for index, item in enumerate(recipe.reward):
+        name, weight = item.get("name"), item.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            problems.append(_at(source, ("reward", index, "weight"), "must be a number"))
+        path: KeyPath = ("reward", index)
+        config = options("rewards", name, item, path, (*path, "name"))
+        recipe.reward[index] = {"name": name, "weight": weight, **config}
+    if recipe.simulator is not None:
+        name = recipe.simulator.get("name")
+        config = options("simulators", name, recipe.simulator, ("simulator",), ("simulator", "name"))
+        recipe.simulator = {"name": name, **config}
+    policy, rollout = recipe.policy, recipe.rollout
+    policy.trainer_options = options(
+        "trainers", policy.trainer, policy.trainer_options, ("policy", "trainer_options"), ("policy", "trainer")
+    )
+    if rollout is not None:
+        rollout.engine_options = options(
+            "engines", rollout.engine, rollout.engine_options, ("rollout", "engine_options"), ("rollout", "engine")
+        )
+        if rollout.weights.transport != "auto":
+            options("transports", rollout.weights.transport, {}, ("rollout", "weights"), ("rollout", "weights", "transport"))
+    return problems
+
+
+def _localise(recipe: Recipe, source: Source) -> None:
+    """Make local paths absolute; a Hugging Face Hub name stays as it is."""
+
+    def absolute(value: str, path: KeyPath, *, always: bool = False) -> str:
+        place = source.where(path)
+        folder = place.folder if place else Path.cwd()
+        candidate = Path(value).expanduser()
+        local = always or value.startswith((".", "/", "~")) or value.endswith(_DATA_SUFFIXES)
+        target = candidate if candidate.is_absolute() else folder / candidate
+        return str(target.resolve()) if local or target.exists() else value
+
+    recipe.model.path = absolute(recipe.model.path, ("model", "path"))
+    if recipe.model.tokenizer is not None:
+        recipe.model.tokenizer = absolute(recipe.model.tokenizer, ("model", "tokenizer"))
+    recipe.data.train.path = absolute(recipe.data.train.path, ("data", "train", "path"))
+    if recipe.data.eval is not None:
+        recipe.data.eval.path = absolute(recipe.data.eval.path, ("data", "eval", "path"))
+    if recipe.cluster.template is not None:
+        recipe.cluster.template = absolute(recipe.cluster.template, ("cluster", "template"))
+    redis = recipe.cluster.controller.redis_server
+    if redis is not None and "/" in redis:
+        path: KeyPath = ("cluster", "controller", "redis_server")
+        recipe.cluster.controller.redis_server = absolute(redis, path, always=True)
