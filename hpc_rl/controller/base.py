@@ -106,6 +106,7 @@ class Controller:
             case m.RoleFailed():
                 self.members.failed(message)
             case m.StepStarted():
+                self.gone.discard((message.role, message.index))
                 self.events.append("step_started", role=message.role, index=message.index)
             case m.StepExited():
                 self.gone.add((message.role, message.index))
@@ -202,7 +203,8 @@ class Controller:
         self.to_policy(m.Stop(self.ending[1]))
         for index in self.members.replicas:
             self.role.bus.send(m.inbox("rollout", index), m.Stop(self.ending[1]))
-        if self.recorder is not None:
+        # Rows held back for an evaluation are in the checkpoint; after the last one nothing may stay back.
+        if self.recorder is not None and (self.ending[0] == 0 or not self.recipe.checkpoint.enabled):
             self.recorder.flush()
 
     def still_here(self) -> list[tuple[str, int]]:

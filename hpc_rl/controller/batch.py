@@ -13,7 +13,7 @@ import numpy as np
 
 from hpc_rl.algorithms.advantages import group_advantages
 from hpc_rl.bus.messages import MicroBatch, TrainStep
-from hpc_rl.data.packing import pack
+from hpc_rl.data.packing import pack, pack_fixed
 from hpc_rl.types import PromptGroup, TrainSample, Trajectory
 
 
@@ -23,7 +23,8 @@ class BatchOptions:
 
     data_parallel: int
     ranks_per_replica: int  # tp * pp * cp: ranks that see the same samples
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None
+    micro_batch_size: int | None
     normalize_std: bool
     aggregation: str  # token_mean | sequence_mean
 
@@ -77,7 +78,10 @@ def train_steps(step: int, samples: list[TrainSample], options: BatchOptions) ->
             "(all answers empty, masked, or without finite log-probs)"
         )
     lengths = [len(sample.token_ids) for sample in samples]
-    plan = pack(lengths, options.micro_batch_tokens, options.data_parallel)
+    if options.micro_batch_size is not None:
+        plan = pack_fixed(lengths, options.micro_batch_size, options.data_parallel)
+    else:
+        plan = pack(lengths, options.micro_batch_tokens or max(lengths), options.data_parallel)
     commands = []
     for micro_batches in plan:
         command = TrainStep(

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from hpc_rl.telemetry.console import job_comment, step_line
-from hpc_rl.telemetry.metrics import MetricsLog
+from hpc_rl.telemetry.metrics import MetricsLog, read_metrics
 
 LOG = logging.getLogger("hpc_rl.controller")
 COMMENT_EVERY_S = 10.0
@@ -28,6 +28,19 @@ class Recorder:
         self._rows: dict[int, dict[str, float]] = {}
         self._held: set[int] = set()
         self._commented = 0.0
+
+    @property
+    def held_rows(self) -> dict[int, dict[str, float]]:
+        """Rows that wait for an evaluation; they travel in the checkpoint."""
+        return self._rows
+
+    def restore(self, rows: dict[int, dict[str, float]]) -> None:
+        """Take back the rows that were held at a checkpoint."""
+        self._rows = {**rows, **self._rows}
+
+    def written(self, step: int) -> bool:
+        """True if the row of `step` is in the file already (asked once, on resume)."""
+        return any(row["step"] == step for row in read_metrics(self.log.path))
 
     def hold(self, step: int) -> None:
         """The row of `step` waits for an evaluation."""

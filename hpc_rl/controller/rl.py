@@ -44,7 +44,9 @@ class RlController(Controller):
         self.rollout = role.recipe.rollout
         self.algorithm = registry("algorithms").config(role.recipe.algorithm["name"], role.recipe.algorithm)
         self.ledger = PromptLedger(role.run_dir, role.attempt)
-        self.pushing: tuple[int, float] | None = None  # (version, since)
+        self.pushing: tuple[int, float] | None = None  # (version, since); until all have answered
+        self.awaiting: int | None = None  # this version is to be evaluated next
+        self.push_seconds: float | None = None  # of the last push, once rank 0 has reported it
         self.pushed = -1  # newest version the replicas were sent
         self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
         self.last_group = time.monotonic()
@@ -65,7 +67,8 @@ class RlController(Controller):
         self.packing = BatchOptions(
             data_parallel=mesh.dp_replicate * mesh.dp_shard,
             ranks_per_replica=mesh.tp * mesh.pp * mesh.cp,
-            micro_batch_tokens=recipe.policy.micro_batch_tokens or 0,
+            micro_batch_tokens=recipe.policy.micro_batch_tokens,
+            micro_batch_size=recipe.policy.micro_batch_size,
             normalize_std=self.algorithm.normalize_std,
             aggregation=self.algorithm.loss_aggregation,
         )
@@ -73,6 +76,16 @@ class RlController(Controller):
         self.recorder = make_recorder(self.role, self.total_steps, restored=step)
         if step > 0:
             self.read_state(self.run_dir.checkpoint(step) / "controller", step)
+        if self.evaluator.due(step, self.total_steps):
+            self._await_evaluation(step)
+
+    def _await_evaluation(self, step: int) -> None:
+        """Hold the row of `step` back, and the next step too until the replicas were sent version `step`."""
+        assert self.recorder is not None
+        if self.recorder.written(step):
+            return
+        self.recorder.hold(step)
+        self.awaiting = step
 
     def _make_evaluator(self, base: Path) -> Evaluator:
         spec = self.recipe.data.eval
@@ -97,6 +110,7 @@ class RlController(Controller):
             "in_flight": sorted(self.window.in_flight),
             "evaluated": sorted(s for s in self.evaluator.done_steps if s <= step),
             "versions": {r.index: r.version for r in self.members.replicas.values()},
+            "held_rows": self.recorder.held_rows if self.recorder is not None else {},
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1))
 
@@ -116,6 +130,8 @@ class RlController(Controller):
         dropped = {int(o): reason for o, reason in state["dropped"].items()}
         self.window.restore(step, groups, dropped)
         self.evaluator.done_steps = set(state["evaluated"])
+        assert self.recorder is not None
+        self.recorder.restore({int(s): row for s, row in state["held_rows"].items()})
         LOG.info("restored step %d: %d answers kept, %d prompts handed out again", step, len(groups), len(state["in_flight"]))
 
     # --- messages ---------------------------------------------------------------------------------
@@ -173,19 +189,26 @@ class RlController(Controller):
         replica.version, replica.receiving = message.version, False
         if replica.state == "loaded":
             replica.enter("live")
+        self._push_settled()
+
+    def _push_settled(self) -> None:
+        """A push is over when rank 0 said so and every receiver has acknowledged it or is lost."""
+        if self.push_seconds is not None and not any(r.receiving for r in self.members.replicas.values()):
+            self.pushing = None
 
     def weights_pushed(self, message: m.WeightsPushed) -> None:
-        self.pushing = None
         self.push_seconds = message.seconds
         for index, cause in message.failed.items():
             replica = self.members.replicas[int(index)]
             if replica.receiving:
                 self.members.lose(replica, f"push of version {message.version}: {cause}")
+        self._push_settled()
 
     def replica_lost(self, replica: Replica) -> None:
         self.events.append("replica_lost", index=replica.index, cause=replica.causes[-1])
         if not self.started:
             return
+        self._push_settled()
         again = self.window.give_back(replica.index)
         self.evaluator.give_back(replica.index)
         LOG.warning("%s: %d prompts are handed out again", replica.name, len(again))
@@ -193,6 +216,7 @@ class RlController(Controller):
     # --- decisions --------------------------------------------------------------------------------
     def advance(self) -> None:
         self._accept_first_weights()
+        self._begin_evaluation()
         self._push_if_useful()
         self._hand_out()
         self._train_if_ready()
@@ -213,7 +237,7 @@ class RlController(Controller):
         policy_idle = self.step == self.commanded
         if self.pushing or not policy_idle or self.evaluator.current is not None or self.ending_early():
             return
-        needed = self.step < self.total_steps or self.evaluator.due(self.step, self.total_steps)
+        needed = self.step < self.total_steps or self.awaiting == self.step
         behind = [
             r for r in self.members.replicas.values() if r.state in ("loaded", "live") and (r.version is None or r.version < self.step)
         ]
@@ -225,17 +249,17 @@ class RlController(Controller):
         self.to_policy(
             m.PushWeights(self.step, [r.index for r in behind], [r.incarnation for r in behind])
         )
-        self.pushing = (self.step, time.monotonic())
+        self.pushing, self.push_seconds = (self.step, time.monotonic()), None
         self.pushed = self.step
 
     def _hand_out(self) -> None:
         if self.ending_early():
             return
-        self._begin_evaluation()
         while True:
             replica = self._least_loaded()
             if replica is None or replica.version is None:
                 return
+            loaded = bool(self.window.in_flight)
             request = self.evaluator.next_request(replica.index, replica.incarnation)
             if request is None:
                 ordinal = self.window.admit(replica.version)
@@ -243,19 +267,17 @@ class RlController(Controller):
                     return
                 self.window.hand_out(ordinal, replica.index, replica.incarnation)
                 request = self._request(ordinal)
+            if not loaded:
+                self.last_group = time.monotonic()  # the clock of `_check_generation` starts now
             self.role.bus.send(m.inbox("rollout", replica.index), request)
 
     def _begin_evaluation(self) -> None:
-        """Once every live replica has the version to be evaluated and nothing newer is on its way."""
-        if self.evaluator.current is not None or self.pushing:
+        """Once every live replica has exactly the version that is to be evaluated."""
+        if self.awaiting is None or self.pushing or self.ending_early():
             return
-        live = [r for r in self.members.replicas.values() if r.state == "live"]
-        versions = {r.version for r in live}
-        version = versions.pop() if len(versions) == 1 else None
-        if version is not None and self.evaluator.due(version, self.total_steps):
-            assert self.recorder is not None
-            self.recorder.hold(version)
-            self.evaluator.begin(version)
+        if {r.version for r in self.members.replicas.values() if r.state == "live"} == {self.awaiting}:
+            self.evaluator.begin(self.awaiting)
+            self.awaiting = None
 
     def _least_loaded(self) -> Replica | None:
         """The live replica with the fewest prompt groups in flight, if it has room; newest weights first."""
@@ -302,10 +324,13 @@ class RlController(Controller):
         self.commanded, self.idle_since, self.last_progress = step, None, time.monotonic()
 
     def _must_push_first(self) -> bool:
-        """A joiner or a replica left behind waits for weights: push before the next step is commanded."""
-        return self.pushing is None and self.evaluator.current is None and any(
-            r.state == "loaded" and r.version is None for r in self.members.replicas.values()
-        )
+        """Someone waits for just these weights: an evaluation, or a replica that has none yet."""
+        if self.pushing is not None:
+            return False
+        if self.awaiting is not None:
+            return self.awaiting == self.step > self.pushed
+        waiting = any(r.state == "loaded" for r in self.members.replicas.values())
+        return waiting and self.evaluator.current is None
 
     def step_done(self, message: m.StepDone) -> None:
         assert self.recorder is not None
@@ -323,15 +348,24 @@ class RlController(Controller):
             replicas=sorted({t.replica for group in groups for t in group.trajectories}),
             versions=sorted({s.version for g in groups for t in g.trajectories for s in t.spans}),
         )
-        if self.evaluator.due(message.step, self.total_steps) and self.evaluator.current is None:
-            self.recorder.hold(message.step)
+        if self.evaluator.due(message.step, self.total_steps):
+            if self._evaluator_free():
+                self._await_evaluation(message.step)
+            elif message.step == self.total_steps:
+                self.recorder.hold(message.step)  # `settled` awaits it when the running one is done
         self.recorder.step(message.step, metrics)
         if self.saves.due(message.step, final=message.step == self.total_steps):
             self.saves.save(message.step)
 
+    def _evaluator_free(self) -> bool:
+        """An evaluation that is still running makes the next one fall out, except the last."""
+        return self.evaluator.current is None and self.awaiting is None
+
     def _check_generation(self) -> None:
         """Prompts in flight that never come back end the attempt, with the replicas named."""
-        waiting = self.window.in_flight
+        waiting = dict(self.window.in_flight)
+        if self.evaluator.current is not None:
+            waiting |= {-1 - index: owner for index, owner in self.evaluator.current.in_flight.items()}
         if not waiting or time.monotonic() - self.last_group < GENERATE_LIMIT_S:
             return
         who = sorted({f"rollout {index}" for index, _ in waiting.values()})
@@ -343,7 +377,9 @@ class RlController(Controller):
 
     def settled(self) -> bool:
         """The last version has been evaluated (if it is to be)."""
-        return self.evaluator.current is None and not self.evaluator.due(self.step, self.total_steps)
+        if self._evaluator_free() and self.evaluator.due(self.step, self.total_steps):
+            self._await_evaluation(self.step)
+        return self._evaluator_free()
 
     def tick(self) -> None:
         super().tick()

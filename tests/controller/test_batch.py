@@ -1,0 +1,109 @@
+"""From groups to `TrainStep`s: masks before counts, every sample once, equal work for all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_rl.controller.batch import (
+    BatchOptions,
+    loss_denominator,
+    make_samples,
+    rollout_metrics,
+    to_sample,
+    train_steps,
+)
+from hpc_rl.types import Prompt, PromptGroup, Trajectory, VersionSpan
+
+
+def trajectory(ordinal: int, sample: int, answer: int, reward: float = 0.0, version: int = 0, **changes) -> Trajectory:  # type: ignore[no-untyped-def]
+    fields = {
+        "ordinal": ordinal,
+        "sample": sample,
+        "replica": 0,
+        "prompt_ids": [5, 6, 7],
+        "token_ids": list(range(10, 10 + answer)),
+        "log_probs": [-0.5] * answer,
+        "spans": [VersionSpan(version, 0, answer)],
+        "finish": "stop",
+        "reward": reward,
+        "rewards": {"exact": reward},
+    }
+    return Trajectory(**{**fields, **changes})
+
+
+def group(ordinal: int, rewards: list[float], answer: int = 4) -> PromptGroup:
+    prompt = Prompt(ordinal=ordinal, epoch=0, row=ordinal, content="x")
+    return PromptGroup(prompt, [trajectory(ordinal, i, answer, r) for i, r in enumerate(rewards)])
+
+
+def options(ranks: int = 1, tokens: int = 64, **changes) -> BatchOptions:  # type: ignore[no-untyped-def]
+    fields = {
+        "data_parallel": ranks,
+        "ranks_per_replica": 1,
+        "micro_batch_tokens": tokens,
+        "micro_batch_size": None,
+        "normalize_std": True,
+        "aggregation": "token_mean",
+    }
+    return BatchOptions(**{**fields, **changes})
+
+
+def test_a_token_without_a_finite_log_prob_leaves_mask_and_denominator() -> None:
+    sample = to_sample(trajectory(0, 0, 3, log_probs=[-1.0, math.nan, -math.inf]), advantage=2.0)
+    assert sample.loss_mask == [0, 0, 0, 1, 0, 0]
+    assert sample.log_probs == [0, 0, 0, -1.0, 0, 0]
+    assert sample.advantages == [0, 0, 0, 2.0, 0, 0]
+    assert loss_denominator([sample], "token_mean") == 1
+
+
+def test_sequences_without_tokens_do_not_count_as_sequences() -> None:
+    samples = [to_sample(trajectory(0, i, n), 1.0) for i, n in enumerate([0, 2, 5])]
+    assert loss_denominator(samples, "sequence_mean") == 2
+    with pytest.raises(ValueError, match="token_mean, sequence_mean"):
+        loss_denominator(samples, "mean")
+
+
+def test_a_group_without_variance_has_no_advantage() -> None:
+    flat, mixed = make_samples([group(0, [1.0, 1.0])], True), make_samples([group(1, [1.0, 0.0])], True)
+    assert all(a == 0 for sample in flat for a in sample.advantages)
+    assert mixed[0].advantages[-1] > 0 > mixed[1].advantages[-1]
+
+
+def test_a_step_with_nothing_to_train_on_is_an_error_that_says_so() -> None:
+    samples = [to_sample(trajectory(0, 0, 2, log_probs=[math.nan, math.nan]), 1.0)]
+    with pytest.raises(ValueError, match="step 3: no token of 1 trajectories"):
+        train_steps(3, samples, options())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    answers=st.lists(st.integers(0, 30), min_size=1, max_size=24).filter(any),
+    ranks=st.integers(1, 4),
+    tokens=st.integers(8, 80),
+    inner=st.integers(1, 2),
+)
+def test_every_sample_goes_to_exactly_one_data_parallel_rank(
+    answers: list[int], ranks: int, tokens: int, inner: int
+) -> None:
+    samples = [to_sample(trajectory(i, 0, n), 1.0) for i, n in enumerate(answers)]
+    commands = train_steps(1, samples, options(ranks, tokens, ranks_per_replica=inner))
+    assert len(commands) == ranks * inner
+    assert len({len(command.micro_batches) for command in commands}) == 1
+    assert len({command.denominator for command in commands}) == 1
+    seen = [s.ordinal for command in commands[::inner] for mb in command.micro_batches for s in mb.samples]
+    assert sorted(seen) == list(range(len(answers)))
+    counted = sum(sum(s.loss_mask) for c in commands[::inner] for mb in c.micro_batches for s in mb.samples)
+    assert counted == commands[0].denominator
+
+
+def test_metrics_report_staleness_against_the_training_version() -> None:
+    old = PromptGroup(Prompt(0, 0, 0, "x"), [trajectory(0, 0, 4, 1.0, version=3), trajectory(0, 1, 4, 0.0, version=5)])
+    metrics = rollout_metrics([old], version=5)
+    assert metrics["rollout/staleness_mean"] == 1.0
+    assert metrics["rollout/staleness_max"] == 2.0
+    assert metrics["reward/exact"] == 0.5
+    assert rollout_metrics([], 5) == {}
