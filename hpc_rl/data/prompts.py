@@ -1,0 +1,147 @@
+"""What a row means: the prompt, its verifiable answer, the completion to learn, the fields for rewards.
+
+No torch and no tokenizer: text and chat messages only. `data/encode.py` turns them into token ids.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hpc_rl.data.errors import DataError
+from hpc_rl.recipe.schema import DatasetSpec
+
+if TYPE_CHECKING:
+    from hpc_rl.data.rows import Rows
+
+Message = dict[str, Any]
+Content = str | list[Message]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def prompt_of(
+    row: dict[str, Any], spec: DatasetSpec, where: str = ""
+) -> tuple[Content, str | None, dict[str, Any]]:
+    """`(content, answer, fields)` of one row for RL and evaluation.
+
+    `content` is a list of chat messages when the row holds a chat, when `spec.chat` is true or a
+    `system` text is given; otherwise a string, which whoever tokenises wraps as one user message
+    if `spec.chat` is null and the tokenizer has a chat template. `answer` is the verifiable answer
+    (the reference completion for `prompt_completion` and `chat`). `fields` are the other columns
+    that can travel in a message; images and bytes are left out. Raises DataError, starting with
+    `where`, if a column is missing or of the wrong kind.
+    """
+    where = where or spec.path
+    if spec.format == "chat":
+        messages, answer = _split_chat(row, spec, where)
+        used = {spec.messages}
+        content: Content = messages
+        if spec.answer in row:
+            answer = _as_text(row[spec.answer], spec.answer, where)
+            used.add(spec.answer)
+    elif spec.format == "text":
+        content, answer, used = _prompt_text(row, spec, spec.text, where), None, {spec.text}
+    else:
+        column = spec.answer if spec.format == "prompt_answer" else spec.completion
+        content = _prompt_text(row, spec, spec.prompt, where)
+        answer = _as_text(_column(row, column, where), column, where)
+        used = {spec.prompt, column}
+    if isinstance(content, str) and (spec.system is not None or spec.chat):
+        content = as_messages(content, spec)
+    fields = {key: value for key, value in row.items() if key not in used and is_plain(value)}
+    return content, answer, fields
+
+
+def completion_of(row: dict[str, Any], spec: DatasetSpec, where: str = "") -> tuple[Content, str | None]:
+    """`(content, completion)` of one row for SFT: the loss is on the completion.
+
+    For `text` the completion is None and the whole text is trained on. For `chat` the completion is
+    the last assistant message; a chat that does not end with one is a DataError.
+    """
+    where = where or spec.path
+    if spec.format == "text":
+        return _prompt_text(row, spec, spec.text, where), None
+    if spec.format == "chat":
+        messages, answer = _split_chat(row, spec, where)
+        if answer is None:
+            raise DataError(f"{where}: column {spec.messages!r} must end with an assistant message to learn")
+        return messages, answer
+    content, answer, _ = prompt_of(row, spec, where)
+    return content, answer
+
+
+def as_messages(text: str, spec: DatasetSpec) -> list[Message]:
+    """A prompt text as chat messages, with the recipe's `system` text in front."""
+    system = [{"role": "system", "content": spec.system}] if spec.system is not None else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def check_rows(rows: Rows, spec: DatasetSpec, *, sft: bool, max_rows: int | None = None) -> int:
+    """Read the first `max_rows` rows (null: all) as the run will; return how many were read.
+
+    Raises DataError naming file, row number and column for the first row that does not fit.
+    """
+    count = len(rows) if max_rows is None else min(max_rows, len(rows))
+    for index in range(count):
+        where = f"{rows.name}: row {index}"
+        if sft:
+            completion_of(rows[index], spec, where)
+        else:
+            prompt_of(rows[index], spec, where)
+    return count
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `value` can travel in a message: text, numbers, and lists and string-keyed dicts of them."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def _column(row: dict[str, Any], column: str, where: str) -> Any:
+    if column not in row:
+        raise DataError(f"{where} has no column {column!r}; its columns are {', '.join(map(repr, row))}")
+    return row[column]
+
+
+def _as_text(value: Any, column: str, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"{where}: column {column!r} must be text, this is {type(value).__name__}")
+
+
+def _prompt_text(row: dict[str, Any], spec: DatasetSpec, column: str, where: str) -> str:
+    if spec.template is None:
+        return _as_text(_column(row, column, where), column, where)
+    try:
+        return spec.template.format(**row)
+    except KeyError as error:
+        columns = ", ".join(map(repr, row))
+        raise DataError(f"{where}: template names column {error}; its columns are {columns}") from error
+    except (IndexError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: template {spec.template!r} cannot be filled: {error}") from error
+
+
+def _split_chat(row: dict[str, Any], spec: DatasetSpec, where: str) -> tuple[list[Message], str | None]:
+    """The messages before the last assistant message, and that message's text (None if not last)."""
+    messages = _column(row, spec.messages, where)
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: column {spec.messages!r} must be a list of messages")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise DataError(f"{where}: message {number} must have `role` and `content`")
+        if message["role"] not in ROLES:
+            raise DataError(f"{where}: message {number} has role {message['role']!r}; use {', '.join(ROLES)}")
+    answer = None
+    if messages[-1]["role"] == "assistant":
+        answer = _as_text(messages[-1]["content"], f"{spec.messages}[-1].content", where)
+        messages = messages[:-1]
+    if spec.system is not None and (not messages or messages[0]["role"] != "system"):
+        messages = [{"role": "system", "content": spec.system}, *messages]
+    if not messages:
+        raise DataError(f"{where}: column {spec.messages!r} has no message before the answer")
+    return list(messages), answer

@@ -1,0 +1,57 @@
+"""Packing drops nothing, keeps the budget, and gives every rank the same number of forwards."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_rl.data.packing import PackingError, pack, pack_fixed
+
+LENGTHS = st.lists(st.integers(1, 120), max_size=80)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LENGTHS, st.integers(1, 100), st.integers(1, 6))
+def test_pack_is_complete_bounded_and_even(lengths: list[int], budget: int, ranks: int) -> None:
+    packed = pack(lengths, budget, ranks)
+    assert len(packed) == ranks
+    assert len({len(batches) for batches in packed}) == 1
+    assert packed[0]
+    batches = [batch for rank in packed for batch in rank]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= 1 or sum(lengths[i] for i in batch) <= budget
+    assert packed == pack(lengths, budget, ranks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 6))
+def test_pack_fixed_is_complete_bounded_and_even(lengths: list[int], size: int, ranks: int) -> None:
+    packed = pack_fixed(lengths, size, ranks)
+    assert len({len(batches) for batches in packed}) == 1
+    batches = [batch for rank in packed for batch in rank]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) <= size for batch in batches)
+
+
+def test_ranks_are_level_and_forwards_few() -> None:
+    rng = random.Random(0)
+    lengths = [min(2048, int(rng.lognormvariate(5.5, 0.8)) + 1) for _ in range(512)]
+    packed = pack(lengths, 4096, 8)
+    totals = [sum(lengths[i] for batch in rank for i in batch) for rank in packed]
+    assert max(totals) <= 1.02 * min(totals)
+    needed = -(-sum(lengths) // 4096)
+    assert len(packed[0]) * 8 <= needed + 8
+    rounds = [[sum(lengths[i] for i in rank[j]) for rank in packed] for j in range(len(packed[0]))]
+    assert all(max(sizes) - min(sizes) <= 0.05 * 4096 for sizes in rounds)
+
+
+def test_overlong_sequences_get_their_own_forward_or_an_error() -> None:
+    assert [batch for rank in pack([9, 2, 2], 4, 1) for batch in rank] == [[0], [1, 2]]
+    with pytest.raises(PackingError, match="sequence 0 has 9 tokens"):
+        pack([9, 2, 2], 4, 1, overlong="error")
+    with pytest.raises(ValueError, match="length 0"):
+        pack([0], 4, 1)
