@@ -1,0 +1,1 @@
+"""Policy -> rollout weight movement behind one protocol: see `protocol.py`."""

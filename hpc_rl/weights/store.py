@@ -16,9 +16,10 @@ import json
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import redis
 import torch.distributed as dist
@@ -103,38 +104,42 @@ class RedisStore(dist.Store):  # type: ignore[misc]
             retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), retries=5),
         )
         store = cls(client, prefix, timeout_s, f"{host}:{port}")
-        try:
-            client.ping()
-        except redis.RedisError as error:
-            raise dist.DistNetworkError(f"rendezvous over Redis at {host}:{port} failed: {error}") from error
+        store._call(client.ping)
         return store
+
+    def _call(self, command: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except redis.RedisError as error:
+            raise dist.DistNetworkError(
+                f"rendezvous over Redis at {self._address} failed: {error}"
+            ) from error
 
     # The methods below are what c10d's C++ side calls; names and types are those of torch's `Store`.
     def set(self, key: str, value: bytes | str) -> None:
-        self._client.hset(self._hash, key, _as_bytes(value))
+        self._call(self._client.hset, self._hash, key, _as_bytes(value))
 
     def get(self, key: str) -> bytes:
         """The value of `key`, waiting for it up to the store's timeout."""
         self.wait([key])
-        value = self._client.hget(self._hash, key)
+        value = self._call(self._client.hget, self._hash, key)
         if value is None:
             raise dist.DistStoreError(f"key {key!r} of {self._hash} was deleted while it was read")
         return bytes(value)
 
     def add(self, key: str, value: int) -> int:
-        return int(self._client.hincrby(self._hash, key, value))
+        return int(self._call(self._client.hincrby, self._hash, key, value))
 
     def compare_set(self, key: str, expected_value: bytes | str, desired_value: bytes | str) -> bytes:
-        answer = self._scripts[0](
-            keys=[self._hash], args=[key, _as_bytes(expected_value), _as_bytes(desired_value)]
-        )
+        arguments = [key, _as_bytes(expected_value), _as_bytes(desired_value)]
+        answer = self._call(self._scripts[0], keys=[self._hash], args=arguments)
         return bytes(answer)
 
     def delete_key(self, key: str) -> bool:
-        return bool(self._client.hdel(self._hash, key))
+        return bool(self._call(self._client.hdel, self._hash, key))
 
     def num_keys(self) -> int:
-        return int(self._client.hlen(self._hash))
+        return int(self._call(self._client.hlen, self._hash))
 
     def check(self, keys: Sequence[str]) -> bool:
         return not self._missing(keys)
@@ -154,22 +159,21 @@ class RedisStore(dist.Store):  # type: ignore[misc]
             pause_s = min(pause_s * 1.5, POLL_LONGEST_S)
 
     def append(self, key: str, value: bytes | str) -> None:
-        self._scripts[1](keys=[self._hash], args=[key, _as_bytes(value)])
+        self._call(self._scripts[1], keys=[self._hash], args=[key, _as_bytes(value)])
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
         return [self.get(key) for key in keys]
 
     def multi_set(self, keys: Sequence[str], values: Sequence[bytes | str]) -> None:
         if keys:
-            self._client.hset(
-                self._hash, mapping={key: _as_bytes(v) for key, v in zip(keys, values, strict=True)}
-            )
+            mapping = {key: _as_bytes(value) for key, value in zip(keys, values, strict=True)}
+            self._call(self._client.hset, self._hash, mapping=mapping)
 
     def has_extended_api(self) -> bool:
         return True
 
     def list_keys(self) -> list[str]:
-        return [key.decode() for key in self._client.hkeys(self._hash)]
+        return [key.decode() for key in self._call(self._client.hkeys, self._hash)]
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout_s = timeout.total_seconds()
@@ -184,9 +188,9 @@ class RedisStore(dist.Store):  # type: ignore[misc]
     def _missing(self, keys: Sequence[str]) -> list[str]:
         if not keys:
             return []
-        values = self._client.hmget(self._hash, list(keys))
+        values = self._call(self._client.hmget, self._hash, list(keys))
         return [key for key, value in zip(keys, values, strict=True) if value is None]
 
     def drop(self) -> None:
         """Delete every key of this store: its process group is gone."""
-        self._client.delete(self._hash)
+        self._call(self._client.delete, self._hash)

@@ -1,0 +1,133 @@
+"""vLLM's weight-transfer engine over our gloo channel. Runs inside vLLM's worker processes.
+
+The init information names the bus FILE and the group's prefix, never a password. One `update_weights`
+call receives a whole push; its report goes into the group's rendezvous store, where the replica's main
+process reads it (vLLM's update call returns nothing).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from hpc_rl.weights.gloo import GlooChannel, GlooTransport
+from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
+from hpc_rl.weights.protocol import Channel, Receiver, WeightTransferError
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    bus_file: str
+    prefix: str
+    workers: int
+    timeout_s: float
+
+
+@dataclass
+class PushUpdateInfo(WeightTransferUpdateInfo):
+    """One push: its version and how long it may take."""
+
+    version: int
+    timeout_s: float
+
+
+class PushReport(msgspec.Struct):
+    """What a worker says of a push it applied."""
+
+    version: int
+    tensors: int
+    nbytes: int
+    seconds: float
+
+
+def receive_into(
+    model: torch.nn.Module, channel: Channel, model_path: str, revision: str | None, info: PushUpdateInfo
+) -> PushReport:
+    """Receive a push and give each verified bucket to vLLM's `load_weights`.
+
+    Raises WeightTransferError; the model then holds a mixture and must get a whole push before use.
+    """
+    began = time.monotonic()
+    deadline = began + info.timeout_s
+    folder = local_folder(model_path, revision)
+    receiver = Receiver(channel, checkpoint_names(folder), tied_names(folder))
+    try:
+        for bucket in receiver.receive(info.version, deadline):
+            model.load_weights(iter(bucket))  # type: ignore[operator]
+    except BaseException:
+        channel.close()  # the sender sees the closed connection instead of waiting for its deadline
+        raise
+    receiver.finish(True, deadline)
+    return PushReport(info.version, receiver.tensors, receiver.nbytes, time.monotonic() - began)
+
+
+def refresh_tied(model: torch.nn.Module) -> None:
+    """Let modules that share another module's weight process it again.
+
+    vLLM's layerwise reload processes a module when its own weights arrive; a tied lm_head never gets
+    any. On CPU that head computes with a repacked copy, which without this stays that of the old weights.
+    """
+    owners: dict[int, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    for modules in owners.values():
+        if len(modules) > 1:
+            for module in modules:
+                method = getattr(module, "quant_method", None)
+                if isinstance(method, QuantizeMethodBase):
+                    method.process_weights_after_loading(module)
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, PushUpdateInfo]):
+    """Registered with vLLM as backend `hpc_rl_gloo`."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = PushUpdateInfo
+    supports_draft_weight_update = False
+
+    _channel: GlooChannel | None = None
+    _init: GlooInitInfo | None = None
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Join a transfer group; a previous one is left."""
+        self.shutdown()
+        self._channel = GlooTransport.join(
+            init_info.bus_file,
+            init_info.prefix,
+            self.parallel_config.rank,
+            init_info.workers,
+            init_info.timeout_s,
+        )
+        self._init = init_info
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: PushUpdateInfo) -> None:
+        if self._channel is None:
+            raise WeightTransferError("update_weights before init_weight_transfer_engine")
+        report = receive_into(
+            self.model, self._channel, self.model_config.model, self.model_config.revision, update_info
+        )
+        key = f"report:{update_info.version}:{self.parallel_config.rank}"
+        self._channel.store.set(key, msgspec.msgpack.encode(report))
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        refresh_tied(self.model)
+
+    def shutdown(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
