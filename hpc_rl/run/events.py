@@ -1,4 +1,4 @@
-"""events.jsonl (what happened), metrics.jsonl (one object per step), and the first cause of a failure.
+"""events.jsonl (what happened), cause files, and the first cause of a failure.
 
 The first cause is what `status` shows even when the bus, the controller and all roles are gone: it
 is worked out from the cause files that roles leave in the log folder and from `failure` events.
@@ -66,24 +66,6 @@ class EventLog:
 
 def read_events(run: RunDir, attempt: int | None = None) -> list[dict[str, Any]]:
     return [e for e in jsonl.read(run.events) if attempt is None or e.get("attempt") == attempt]
-
-
-class MetricsLog:
-    """Appends to metrics.jsonl: `step`, `time`, `attempt` and slash-named metrics."""
-
-    def __init__(self, run: RunDir, attempt: int) -> None:
-        self._path = run.metrics
-        self._attempt = attempt
-
-    def append(self, step: int, metrics: dict[str, float]) -> None:
-        jsonl.append(
-            self._path, {"step": step, "time": time.time(), "attempt": self._attempt, **metrics}, sync=False
-        )
-
-    def roll_back(self, step: int) -> int:
-        """Move entries after the restored `step` to metrics_rolled_back.jsonl; how many."""
-        aside = self._path.with_name("metrics_rolled_back.jsonl")
-        return jsonl.move_aside(self._path, aside, lambda entry: int(entry.get("step", 0)) > step)
 
 
 def cause_file(run: RunDir, attempt: int, role: str, index: int) -> Path:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from pathlib import Path
 
-import yaml
-
+from hpc_rl.recipe.dump import read_resolved
+from hpc_rl.recipe.plugins import import_plugins
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir, RunError
 
@@ -15,25 +13,14 @@ from hpc_rl.run.paths import RunDir, RunError
 def load_run(run: RunDir, *, plugins: bool = False) -> Recipe:
     """The recipe as it was resolved at submission; with `plugins`, the user's modules are imported.
 
-    Puts `<run>/code` first on `sys.path`, so that plugins come from the run's own copy. Raises
-    RunError if this is not a run directory or a plugin cannot be imported.
+    Plugins come from the run's own copy in `<run>/code`, which is put on `sys.path` too, for what they
+    import later. Raises RunError if this is not a run directory, PluginError for a broken plugin.
     """
-    try:
-        recipe = Recipe.model_validate(yaml.safe_load(run.resolved.read_text()))
-    except FileNotFoundError as error:
-        raise RunError(f"{run.root} is not a run directory: it has no resolved.yaml") from error
-    if str(run.code) not in sys.path:
-        sys.path.insert(0, str(run.code))
+    if not run.resolved.is_file():
+        raise RunError(f"{run.root} is not a run directory: it has no resolved.yaml")
+    recipe = read_resolved(run.resolved)
     if plugins:
-        import_plugins(recipe)
+        import_plugins(recipe.plugins, run.code)
+        if str(run.code) not in sys.path:
+            sys.path.insert(0, str(run.code))
     return recipe
-
-
-def import_plugins(recipe: Recipe) -> None:
-    """Import each of `plugins:` so that it registers its extensions."""
-    for plugin in recipe.plugins:
-        module = Path(plugin).stem if plugin.endswith(".py") else plugin
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise RunError(f"plugin {plugin!r} cannot be imported: {error}") from error
