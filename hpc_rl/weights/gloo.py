@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,11 @@ class GlooTransport:
             bucket_bytes=bucket_bytes,
             timeout_s=timeout_s,
         )
+
+    @staticmethod
+    def init_info(bus_file: Path | str, prefix: str, workers: int, timeout_s: float) -> dict[str, Any]:
+        """Arguments of vLLM's `init_weight_transfer_engine`. Names the bus file, not its content."""
+        return {"bus_file": str(bus_file), "prefix": prefix, "workers": workers, "timeout_s": timeout_s}
 
     @staticmethod
     def join(bus_file: Path | str, prefix: str, worker: int, workers: int, timeout_s: float) -> GlooChannel:
