@@ -16,9 +16,11 @@ class _Data(BaseModel):
 class Group(_Data):
     """The nodes and tasks of one role: one component of the heterogeneous job.
 
+    Under `shared`, `first_node` is the index of the group's first node in the one allocation.
     `tasks` is the number of role processes over all `nodes` (policy: ranks; rollout: replicas).
     `gpus_per_task` GPUs belong to each; 0 on a CPU site. `component` is the `--het-group` number,
-    None under `local`; under `shared` all groups are component 0.
+    None under `local`; under `shared` all groups are component 0. Null `mem`, `partition` and so on:
+    neither recipe nor site says anything.
     """
 
     role: Role
@@ -27,6 +29,7 @@ class Group(_Data):
     nodes: int
     tasks: int
     tasks_per_node: int
+    first_node: int = 0
     cpus_per_task: int
     gpus_per_task: int
     gpus_per_node: int

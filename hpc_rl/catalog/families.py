@@ -1,0 +1,72 @@
+"""Facts about model families that are not in a `config.json`: tensor-parallel rule, vLLM support.
+
+Kept true by the models' contract test. A family that is not here is a warning, never an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """`model_types` are the `model_type` values of config.json; `vllm` says whether vLLM serves it."""
+
+    name: str
+    model_types: tuple[str, ...]
+    vllm: bool = True
+    moe: bool = False
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("Llama", ("llama",)),
+    Family("Qwen2", ("qwen2",)),
+    Family("Qwen3", ("qwen3",)),
+    Family("Qwen3-MoE", ("qwen3_moe",), moe=True),
+    Family("Qwen2-MoE", ("qwen2_moe",), moe=True),
+    Family("Mistral", ("mistral",)),
+    Family("Mixtral", ("mixtral",), moe=True),
+    Family("Gemma", ("gemma", "gemma2", "gemma3_text")),
+    Family("Phi-3", ("phi3",)),
+    Family("GPT-2", ("gpt2",)),
+    Family("GPT-NeoX", ("gpt_neox",)),
+    Family("OLMo", ("olmo", "olmo2")),
+    Family("SmolLM3", ("smollm3",)),
+    Family("Qwen2-VL", ("qwen2_vl", "qwen2_5_vl")),
+    Family("Qwen3-VL", ("qwen3_vl",)),
+)
+
+_BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+
+def family_of(model_type: str) -> Family | None:
+    """The family of a `model_type`, or None."""
+    return _BY_TYPE.get(model_type)
+
+
+def rollout_tp_error(heads: int, kv_heads: int, tp: int) -> str | None:
+    """Why an engine cannot split `heads` over `tp` GPUs, or None.
+
+    vLLM's rule: query heads divide evenly; key/value heads divide evenly or are replicated evenly.
+    """
+    if heads % tp:
+        return f"tp {tp} does not divide the model's {heads} attention heads; use one of {divisors(heads)}"
+    if kv_heads % tp and tp % kv_heads:
+        allowed = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
+        return f"tp {tp} neither divides nor is a multiple of the model's {kv_heads} key/value heads; use one of {allowed}"
+    return None
+
+
+def policy_tp_error(heads: int, kv_heads: int, tp: int) -> str | None:
+    """Why the trainer cannot split over `tp` ranks, or None: both kinds of heads divide evenly."""
+    if heads % tp or kv_heads % tp:
+        allowed = [n for n in divisors(heads) if kv_heads % n == 0]
+        return (
+            f"tp {tp} does not divide the model's {heads} attention heads and {kv_heads} key/value heads; "
+            f"use one of {allowed}"
+        )
+    return None
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

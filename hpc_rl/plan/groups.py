@@ -1,0 +1,236 @@
+"""GPU and node arithmetic: how many nodes, tasks, GPUs and CPUs each role gets.
+
+`Sizer` turns recipe and site into `Group`s and collects what does not fit as Problems.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hpc_rl.plan.schema import Group, Role
+from hpc_rl.plan.site import Site
+from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.schema import GroupOptions
+from hpc_rl.recipe.yaml_source import Problem
+
+Placement = Literal["het", "shared", "split", "local"]
+
+CONTROLLER_MEM = "8G"  # a separate controller; het components would inherit the policy's otherwise
+
+
+def cpus_here() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpus_here() -> int:
+    """NVIDIA GPUs of this machine, by their device files (no driver library is loaded)."""
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+@dataclass
+class Sizer:
+    """Works out the groups of one placement. `problems` and `warnings` fill as it goes."""
+
+    loaded: LoadedRecipe
+    site: Site
+    placement: Placement
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recipe = self.loaded.recipe
+        gpus = self.site.gpus.per_node
+        if self.placement == "local" and gpus is None:
+            gpus = gpus_here()
+        self.site_gpus = gpus or 0
+        self.site_cpus = cpus_here() if self.placement == "local" else self.site.cpus.per_node
+
+    def groups(self) -> list[Group]:
+        """Every group, in the order of the components."""
+        groups = []
+        if self.recipe.cluster.controller.separate and self.placement == "het" and self.recipe.kind == "rl":
+            groups.append(self._controller())
+        groups.append(self._policy())
+        if self.recipe.rollout is not None:
+            groups.append(self._rollout())
+        if self.placement == "het":
+            for index, group in enumerate(groups):
+                group.component = index
+        elif self.placement == "shared":
+            self._share(groups)
+        else:
+            self._localise(groups)
+        self._fill_cpus(groups)
+        return groups
+
+    def _bad(self, message: str, *path: str | int) -> None:
+        self.problems.append(self.loaded.problem(message, *path))
+
+    def _gpu_capacity(self, options: GroupOptions) -> int:
+        """GPUs of a node that this role may use."""
+        return self.site_gpus if options.gpus_per_node is None else options.gpus_per_node
+
+    def _policy(self) -> Group:
+        options, parallel = self.recipe.cluster.policy, self.recipe.policy.parallel
+        tasks = parallel.dp_replicate * parallel.dp_shard * parallel.tp * parallel.pp * parallel.cp
+        nodes, capacity = self._nodes(options), self._gpu_capacity(options)
+        shape = (
+            f"dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard} x tp {parallel.tp} "
+            f"x pp {parallel.pp} x cp {parallel.cp} = {tasks} ranks"
+        )
+        if tasks % nodes:
+            self._bad(
+                f"{shape} cannot be spread evenly over cluster.policy.nodes {nodes}; "
+                f"use a number of nodes that divides {tasks}",
+                "policy", "parallel",
+            )
+        per_node = -(-tasks // nodes)
+        if capacity and per_node > capacity:
+            self._bad(
+                f"{shape}, but cluster.policy.nodes {nodes} x {capacity} GPUs = {nodes * capacity}; "
+                f"use {-(-tasks // capacity)} nodes or fewer ranks",
+                "policy", "parallel",
+            )
+        elif capacity and nodes > 1 and tasks <= (nodes - 1) * capacity:
+            self.warnings.append(
+                f"policy: {tasks} ranks on {nodes} nodes use {per_node} of {capacity} GPUs each; "
+                f"{-(-tasks // capacity)} nodes would do"
+            )
+        return self._group("policy", options, nodes, tasks, per_node, 1 if capacity else 0)
+
+    def _rollout(self) -> Group:
+        rollout, options = self.recipe.rollout, self.recipe.cluster.rollout
+        assert rollout is not None
+        width = rollout.parallel.tp * rollout.parallel.pp
+        nodes, capacity = self._nodes(options), self._gpu_capacity(options)
+        per_node = -(-rollout.replicas // nodes)
+        shape = f"tp {rollout.parallel.tp} x pp {rollout.parallel.pp} = {width} GPUs per replica"
+        if rollout.replicas < nodes:
+            self._bad(
+                f"{rollout.replicas} replicas leave some of the {nodes} nodes of cluster.rollout.nodes empty; "
+                f"use at most {rollout.replicas} nodes",
+                "rollout", "replicas",
+            )
+        if capacity and width > capacity:
+            self._bad(f"{shape}, but a node has {capacity}; a replica must fit on one node", "rollout", "parallel")
+        elif capacity and per_node > capacity // width:
+            room = capacity // width
+            self._bad(
+                f"{rollout.replicas} replicas ({shape}) do not fit on cluster.rollout.nodes {nodes} "
+                f"with {capacity} GPUs each ({nodes * room} fit); use {-(-rollout.replicas // room)} nodes or "
+                f"{nodes * room} replicas",
+                "rollout", "replicas",
+            )
+        elif capacity and nodes > 1 and rollout.replicas <= (nodes - 1) * (capacity // width):
+            self.warnings.append(
+                f"rollout: {rollout.replicas} replicas would fit on {-(-rollout.replicas // (capacity // width))} "
+                f"nodes instead of {nodes}"
+            )
+        return self._group("rollout", options, nodes, rollout.replicas, per_node, width if capacity else 0)
+
+    def _nodes(self, options: GroupOptions) -> int:
+        return 1 if self.placement == "local" else options.nodes
+
+    def _group(
+        self, role: Role, options: GroupOptions, nodes: int, tasks: int, tasks_per_node: int, gpus_per_task: int
+    ) -> Group:
+        site, cluster = self.site, self.recipe.cluster
+        gpus = gpus_per_task * tasks_per_node
+        return Group(
+            role=role,
+            component=None,
+            job_name=f"{self.recipe.name}:{role}",
+            nodes=nodes,
+            tasks=tasks,
+            tasks_per_node=tasks_per_node,
+            cpus_per_task=options.cpus_per_task or 0,  # 0: filled in when all groups are known
+            gpus_per_task=gpus_per_task,
+            gpus_per_node=options.gpus_per_node if options.gpus_per_node is not None else gpus,
+            mem=options.mem or self._mem(gpus),
+            partition=options.partition or site.partitions.get(role),
+            account=options.account or site.account,
+            qos=options.qos or site.qos,
+            constraint=options.constraint or site.constraint,
+            image=options.image or site.container.images.get(role),
+            variables={**site.variables, **cluster.variables, **options.variables},
+            sbatch=[*site.sbatch.get(role, []), *options.sbatch],
+        )
+
+    def _controller(self) -> Group:
+        options = self.recipe.cluster.controller
+        base = GroupOptions(
+            nodes=1, partition=options.partition, cpus_per_task=options.cpus, mem=options.mem or CONTROLLER_MEM
+        )
+        group = self._group("controller", base, 1, 1, 1, 0)
+        group.sbatch += options.sbatch
+        group.constraint = None  # the site's constraint is about GPU nodes
+        return group
+
+    def _mem(self, gpus: int) -> str | None:
+        """The site's memory of a node, or the share that belongs to `gpus` of its GPUs."""
+        mem = self.site.mem.per_node
+        match = re.match(r"([0-9]+)([KMGT]?)\Z", mem or "")
+        if match is None or not gpus or gpus >= self.site_gpus or int(match[1]) == 0:
+            return mem
+        units = {"K": 2**-10, "": 1.0, "M": 1.0, "G": 2.0**10, "T": 2.0**20}
+        return f"{max(1, int(int(match[1]) * units[match[2]] * gpus / self.site_gpus))}M"
+
+    def _share(self, groups: list[Group]) -> None:
+        """One allocation: all roles on one node where they fit, else node after node."""
+        for group in groups:
+            group.component = 0
+        needed = sum(group.gpus_per_node for group in groups)
+        together = all(group.nodes == 1 for group in groups) and (not self.site_gpus or needed <= self.site_gpus)
+        if not together:
+            first = 0
+            for group in groups:
+                group.first_node = first
+                first += group.nodes
+        partitions = {group.partition for group in groups}
+        if len(partitions) > 1:
+            names = ", ".join(str(name) for name in sorted(partitions, key=str))
+            self._bad(f"placement shared is one allocation in one partition, not {names}; use het", "cluster", "placement")
+
+    def _localise(self, groups: list[Group]) -> None:
+        """One machine, no components; its GPUs are split between the roles."""
+        needed = sum(group.gpus_per_node for group in groups)
+        if self.site_gpus and needed > self.site_gpus:
+            parts = ", ".join(f"{group.role} {group.gpus_per_node}" for group in groups)
+            self._bad(
+                f"this machine has {self.site_gpus} GPUs but {needed} are needed ({parts}); "
+                "use fewer ranks or replicas, or set gpus_per_node: 0 for a role that runs on the CPU",
+                "cluster", "placement",
+            )
+
+    def _fill_cpus(self, groups: list[Group]) -> None:
+        for group in groups:
+            if group.cpus_per_task:
+                continue
+            if group.gpus_per_task and self.site.cpus.per_gpu:
+                group.cpus_per_task = self.site.cpus.per_gpu * group.gpus_per_task
+            elif self.site_cpus:
+                neighbours = [
+                    other for other in groups
+                    if self.placement != "het" and other.first_node < group.first_node + group.nodes
+                    and group.first_node < other.first_node + other.nodes
+                ]  # fmt: skip
+                if group.gpus_per_task and self.site_gpus:
+                    share = self.site_cpus * group.gpus_per_task // self.site_gpus
+                else:
+                    share = self.site_cpus // sum(other.tasks_per_node for other in neighbours or [group])
+                group.cpus_per_task = max(1, share)
+            else:
+                group.cpus_per_task = 1
+            if self.problems or self.placement != "het" or not self.site_cpus:
+                continue
+            if group.tasks_per_node * group.cpus_per_task > self.site_cpus:
+                self._bad(
+                    f"{group.tasks_per_node} tasks x {group.cpus_per_task} CPUs do not fit the site's "
+                    f"{self.site_cpus} CPUs per node; set cluster.{group.role}.cpus_per_task",
+                    "cluster", str(group.role),
+                )

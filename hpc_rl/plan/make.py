@@ -1,0 +1,144 @@
+"""Recipe + site -> plan. Everything that does not fit is one RecipeError with file, line and key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hpc_rl.catalog.facts import ModelFacts, ModelFilesError, read_facts
+from hpc_rl.catalog.families import policy_tp_error, rollout_tp_error
+from hpc_rl.catalog.local_models import find_model
+from hpc_rl.plan.groups import Placement, Sizer
+from hpc_rl.plan.memory import estimate, memory_warnings
+from hpc_rl.plan.schema import Mesh, Plan
+from hpc_rl.plan.site import Site
+from hpc_rl.recipe.checks import parse_time
+from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.schema import Recipe
+from hpc_rl.recipe.yaml_source import Problem, RecipeError
+
+
+def make_plan(loaded: LoadedRecipe, site: Site) -> Plan:
+    """Work out groups, mesh and memory. Raises RecipeError; what only looks odd is in `plan.warnings`."""
+    recipe = loaded.recipe
+    placement: Placement = recipe.cluster.placement or site.placement
+    if placement == "split":
+        raise RecipeError(
+            [loaded.problem("is 'split', which is not available; use het, shared or local", "cluster", "placement")]
+        )
+    sizer = Sizer(loaded, site, placement)
+    problems = sizer.problems
+    groups = sizer.groups()
+    minutes = parse_time(recipe.cluster.time)
+    if site.time_max is not None and placement != "local" and minutes > parse_time(site.time_max):
+        problems.append(
+            loaded.problem(f"is {recipe.cluster.time!r}; site {site.name} allows {site.time_max}", "cluster", "time")
+        )
+    if recipe.cluster.reward is not None:
+        problems.append(
+            loaded.problem("a reward group is not available; rewards run beside the replicas", "cluster", "reward")
+        )
+    mesh = Mesh(**recipe.policy.parallel.model_dump())
+    facts = _facts(loaded, site, problems)
+    warnings = sizer.warnings
+    memory = None
+    if facts is not None:
+        problems += _head_problems(loaded, facts)
+        warnings += _family_warnings(recipe, facts)
+        if facts.parameters is not None:
+            gpu_gb = site.gpus.memory_gb if any(group.gpus_per_task for group in groups) else None
+            memory = estimate(recipe, facts.parameters, mesh, gpu_gb)
+            warnings += memory_warnings(recipe, memory)
+    if problems:
+        raise RecipeError(problems)
+    group_size = recipe.algorithm.get("group_size", 1)
+    return Plan(
+        name=recipe.name,
+        kind=recipe.kind,
+        placement=placement,
+        site=site.name,
+        time_minutes=minutes,
+        groups=groups,
+        mesh=mesh,
+        prompts_per_step=recipe.policy.batch_size // group_size if recipe.kind == "rl" else 0,
+        total_steps=recipe.policy.steps,
+        memory=memory,
+        warnings=warnings,
+        site_profile=site.model_dump(mode="json"),
+    )
+
+
+def resolve_recipe(loaded: LoadedRecipe, site: Site, plan: Plan) -> Recipe:
+    """The recipe as the run keeps it: every `auto` and every path settled by site and plan."""
+    recipe = loaded.recipe.model_copy(deep=True)
+    recipe.extends = None
+    recipe.cluster.site = site.name
+    recipe.cluster.placement = plan.placement
+    root = recipe.output_root
+    if not loaded.written("output_root") and site.paths.output_root is not None:
+        root = site.paths.output_root
+    recipe.output_root = os.path.abspath(Path(os.path.expandvars(root)).expanduser())
+    recipe.cluster.template = recipe.cluster.template or site.template
+    if recipe.rollout is not None and recipe.rollout.weights.transport == "auto":
+        on_gpu = plan.group("policy").gpus_per_task > 0 and plan.group("rollout").gpus_per_task > 0
+        recipe.rollout.weights.transport = "nccl" if on_gpu else "gloo"
+    return recipe
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write `plan.json` (atomically: a reader sees the old plan or the new one)."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read `plan.json`. Raises FileNotFoundError or ValueError naming the file."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return Plan.model_validate_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a plan of this version of hpc-rl: {error}") from error
+
+
+def _facts(loaded: LoadedRecipe, site: Site, problems: list[Problem]) -> ModelFacts | None:
+    """Facts of the model when its files are here; preflight complains when they are not."""
+    model = loaded.recipe.model
+    folder = find_model(model.path, model.revision, site.paths.hf_home)
+    if folder is None:
+        return None
+    try:
+        return read_facts(folder)
+    except ModelFilesError as error:
+        problems.append(loaded.problem(str(error), "model", "path"))
+        return None
+
+
+def _head_problems(loaded: LoadedRecipe, facts: ModelFacts) -> list[Problem]:
+    if facts.heads is None or facts.kv_heads is None:
+        return []
+    problems = []
+    recipe = loaded.recipe
+    message = policy_tp_error(facts.heads, facts.kv_heads, recipe.policy.parallel.tp)
+    if message is not None:
+        problems.append(loaded.problem(message, "policy", "parallel", "tp"))
+    if recipe.rollout is not None:
+        message = rollout_tp_error(facts.heads, facts.kv_heads, recipe.rollout.parallel.tp)
+        if message is not None:
+            problems.append(loaded.problem(message, "rollout", "parallel", "tp"))
+    if facts.layers is not None and recipe.policy.parallel.pp > facts.layers:
+        problems.append(loaded.problem(f"exceeds the model's {facts.layers} layers", "policy", "parallel", "pp"))
+    if recipe.rollout is not None and facts.max_position is not None:
+        length = recipe.rollout.max_model_len
+        if length is not None and length > facts.max_position:
+            text = f"is {length}; the model's positions end at {facts.max_position}"
+            problems.append(loaded.problem(text, "rollout", "max_model_len"))
+    return problems
+
+
+def _family_warnings(recipe: Recipe, facts: ModelFacts) -> list[str]:
+    if facts.family is None:
+        return [f"model type {facts.model_type!r} is not in the catalog; its parallel rules are not checked beyond heads"]
+    if recipe.rollout is not None and recipe.rollout.engine == "vllm" and not facts.family.vllm:
+        return [f"vLLM does not serve {facts.family.name}; use rollout.engine hf"]
+    return []
