@@ -1,0 +1,1 @@
+"""A run without Slurm: its supervisor as a detached process of this machine."""

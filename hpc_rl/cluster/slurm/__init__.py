@@ -1,0 +1,1 @@
+"""Everything that talks to Slurm: rendering, submission, job steps, states, and a draft of a site profile."""
