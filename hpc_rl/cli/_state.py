@@ -1,0 +1,236 @@
+"""What a run is doing, worked out from its directory and, where it answers, from Slurm.
+
+Truth goes in this order: an attempt that was closed says how it ended; a job that Slurm knows says
+whether it waits or runs; a live holder of the run lock means that a supervisor is at work. With Slurm
+away or the job purged from its memory, the run directory alone still gives an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hpc_rl.cli._jobs import JobState, ask_jobs
+from hpc_rl.run.attempts import Attempt, JobRecord, latest_job, read_attempts
+from hpc_rl.run.events import first_cause, read_events
+from hpc_rl.run.lock import live_holder
+from hpc_rl.run.paths import RunDir
+from hpc_rl.telemetry.metrics import latest, surviving, tail_rows
+from hpc_rl.telemetry.wandb import read_link
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
+_BY_REASON = {"done": "COMPLETED", "cancelled": "CANCELLED", "requeue": "REQUEUED", "failed": "FAILED"}
+
+
+@dataclass
+class RoleLine:
+    """One role process: `state` is a phase (`step`, `generate`, …), `running`, `exited N` or `lost`."""
+
+    role: str
+    index: int
+    state: str
+    since: float | None = None
+    detail: str = ""
+
+
+@dataclass
+class RunStatus:
+    """The answer of `status`; `--json` prints it as an object with these keys."""
+
+    run: str
+    run_dir: str
+    job_id: str | None
+    state: str
+    step: int | None
+    total_steps: int | None
+    attempt: int
+    first_cause: str | None
+    reason: str = ""
+    placement: str = ""
+    submitted: float | None = None
+    checkpoint: int | None = None
+    wandb: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    roles: list[RoleLine] = field(default_factory=list)
+    components: list[dict[str, Any]] = field(default_factory=list)
+    logs: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live: bool = True) -> RunStatus:
+    """The status of `run`. `views` are Slurm's answers if they are known already.
+
+    `live` also asks the run's bus (when it runs) what each process does.
+    """
+    job, attempts = latest_job(run), read_attempts(run)
+    view = None
+    if job is not None and job.job_id:
+        view = (ask_jobs([job.job_id]) if views is None else views).get(job.job_id)
+    alive = live_holder(run) is not None
+    events = read_events(run)
+    asked = job is not None and any(e.get("kind") == "cancel" and e["time"] > job.submitted for e in events)
+    state, reason = judge(job, attempts, view, alive=alive, cancel_asked=asked)
+    rows = surviving(tail_rows(run.metrics, 50))
+    number = attempts[-1].attempt if attempts else 0
+    return RunStatus(
+        run=run.name,
+        run_dir=str(run.root),
+        job_id=job.job_id if job else None,
+        state=state,
+        step=rows[-1]["step"] if rows else run.latest_complete(),
+        total_steps=total_steps(run, events),
+        attempt=number,
+        first_cause=_cause(run, attempts, state),
+        reason=reason,
+        placement=job.placement if job else "",
+        submitted=job.submitted if job else None,
+        checkpoint=run.latest_complete(),
+        wandb=read_link(run.wandb),
+        metrics=latest(rows),
+        roles=role_lines(run, number, events, live=live and state == "RUNNING") if number else [],
+        components=[asdict(component) for component in view.components] if view else [],
+        logs=str(run.attempt_logs(number) if number else run.logs),
+    )
+
+
+def judge(
+    job: JobRecord | None,
+    attempts: Sequence[Attempt],
+    view: JobState | None,
+    *,
+    alive: bool,
+    cancel_asked: bool = False,
+) -> tuple[str, str]:
+    """(state, reason) of a run; pure, so that every combination can be tested.
+
+    `view` is what Slurm says of the latest job (None: it cannot be asked or has forgotten it);
+    `alive` whether a supervisor holds the run, `cancel_asked` whether `hpc-rl cancel` was used on it.
+    """
+    last = attempts[-1] if attempts else None
+    if last is not None and job is not None and last.job_id != job.job_id:
+        last = None  # the attempt belongs to an earlier submission
+    if last is not None and job is not None and job.job_id is None and last.start < job.submitted:
+        last = None
+    if (
+        last is not None
+        and last.end is not None
+        and last.reason in ("done", "failed", "stopped", "cancelled")
+    ):
+        if last.reason == "stopped":
+            return (
+                ("FAILED", "never to be requeued") if last.first_cause else ("CANCELLED", "saved and stopped")
+            )
+        if last.reason != "cancelled" or view is None or view.final:
+            return _BY_REASON[last.reason], ""
+    if view is not None and not view.final:
+        if view.state == "PENDING" and last is not None:
+            return "REQUEUED", view.why  # it has run before, whatever Slurm calls it now
+        return view.state, view.why
+    if alive:
+        return "RUNNING", ""
+    if cancel_asked:
+        return "CANCELLED", ""
+    return _ended_without_slurm(job, last, view)
+
+
+def _ended_without_slurm(
+    job: JobRecord | None, last: Attempt | None, view: JobState | None
+) -> tuple[str, str]:
+    if view is not None:  # over, and nobody wrote the attempt's end
+        return view.state, view.why
+    if last is not None:
+        if last.end is not None:
+            return _BY_REASON.get(last.reason or "", "FAILED"), ""
+        return "FAILED", "the supervisor ended without a word (node loss or SIGKILL)"
+    if job is None:
+        return "FAILED", "it was never submitted"
+    if job.job_id is None:
+        return "FAILED", "its supervisor did not start; see logs/"
+    return "PENDING", "Slurm cannot be asked from here, and no attempt has started"
+
+
+def _cause(run: RunDir, attempts: Sequence[Attempt], state: str) -> str | None:
+    if not attempts or state in ("COMPLETED",):
+        return None
+    last = attempts[-1]
+    if last.first_cause:
+        return last.first_cause
+    if state == "FAILED" or last.end is not None:
+        cause = first_cause(run, last.attempt)
+        return str(cause) if cause else None
+    return None
+
+
+def total_steps(run: RunDir, events: Sequence[Mapping[str, Any]]) -> int | None:
+    """As the controller counted it, else as planned (None where epochs need the data counted first)."""
+    for event in reversed(events):
+        if event.get("kind") == "training" and event.get("total_steps"):
+            return int(event["total_steps"])
+    try:
+        planned = json.loads(run.plan.read_text(encoding="utf-8")).get("total_steps")
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return int(planned) if planned else None
+
+
+def role_lines(
+    run: RunDir, attempt: int, events: Sequence[Mapping[str, Any]], *, live: bool
+) -> list[RoleLine]:
+    """One line per role process: from the events of the attempt, made precise by live heartbeats."""
+    lines: dict[tuple[str, int], RoleLine] = {}
+    for event in events:
+        if event.get("attempt") != attempt:
+            continue
+        role, index, when = event.get("role"), int(event.get("index", 0)), event.get("time")
+        kind = event.get("kind")
+        if kind == "replica_lost":
+            lines["rollout", index] = RoleLine("rollout", index, "lost", when, str(event.get("cause", "")))
+        elif role and kind == "step_started":
+            lines[role, index] = RoleLine(role, index, "running", when)
+        elif role and kind == "step_exited":
+            known = lines.get((role, index))
+            if known is None or known.state != "lost":
+                lines[role, index] = RoleLine(role, index, _exit_words(int(event.get("code", 0))), when)
+        elif role and kind == "failure":
+            lines[role, index] = RoleLine(role, index, "failed", when, str(event.get("cause", "")))
+    for (role, index), beat in _heartbeats(run, attempt).items() if live else ():
+        detail = f"step {beat['step']}" if beat.get("step") else ""
+        lines[role, index] = RoleLine(
+            role, index, str(beat.get("phase", "")), beat.get("phase_since"), detail
+        )
+    order = {"controller": 0, "policy": 1, "rollout": 2}
+    return sorted(lines.values(), key=lambda line: (order.get(line.role, 9), line.role, line.index))
+
+
+def _exit_words(code: int) -> str:
+    if code > 128:
+        try:
+            return f"killed by {signal.Signals(code - 128).name}"
+        except ValueError:
+            pass  # no such signal: an exit code of the program's own
+    return f"exited {code}"
+
+
+def _heartbeats(run: RunDir, attempt: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """What the processes say on the bus; nothing if it cannot be reached from this machine in 2 s."""
+    path = run.bus_file(attempt)
+    if not path.is_file():
+        return {}
+    from hpc_rl.bus.client import Bus
+    from hpc_rl.bus.errors import BusError
+
+    try:
+        bus = Bus.connect(path, 2.0, reconnect_s=1.0)
+    except (BusError, OSError):
+        return {}
+    try:
+        return bus.heartbeats()
+    except BusError:
+        return {}
+    finally:
+        bus.close()

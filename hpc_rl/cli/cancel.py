@@ -1,0 +1,140 @@
+"""`hpc-rl cancel`: end a run at once, or let it save first."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from hpc_rl.run.attempts import JobRecord
+    from hpc_rl.run.paths import RunDir
+
+# Roles get a bounded flush after SIGTERM; what is left then is killed, so that all is gone within 10 s.
+TERM_S, GONE_S = 7.0, 20.0
+
+
+def cancel(
+    run: str = typer.Argument(..., help="Run directory, recipe name (its latest run) or Slurm job id."),
+    save: bool = typer.Option(False, "--save", help="Finish the step, write a checkpoint, then end."),
+    timeout: float = typer.Option(900.0, "--timeout", min=1, help="Seconds that --save may take."),
+) -> None:
+    """End a run. It is never requeued by this; `hpc-rl resume` continues it from its last checkpoint.
+
+    \b
+    Example:
+      hpc-rl cancel gsm8k-grpo
+      hpc-rl cancel 123456 --save
+    """
+    from hpc_rl.cli._console import note
+    from hpc_rl.cli._state import ENDED, run_status
+    from hpc_rl.cli.errors import UserError
+    from hpc_rl.run.attempts import latest_job
+    from hpc_rl.run.index import find_run
+
+    found = find_run(run)
+    job, status = latest_job(found), run_status(found, live=False)
+    if job is None or status.state in ENDED:
+        note(f"{found.root} has ended already: {status.state}")
+        return
+    _remember(found, status.attempt, save)
+    if save and status.state == "RUNNING":
+        _save_and_stop(found, timeout)
+        return
+    if save:
+        note(f"the run is {status.state}: there is nothing new to save")
+    if job.job_id is not None and not job.here:
+        _cancel_job(job.job_id)
+    elif not _end_local(found, job):
+        raise UserError(f"the supervisor still runs {GONE_S:.0f} s after SIGKILL; look at process {job.pid}")
+    print(f"cancelled {found.root}; continue it with: hpc-rl resume {found.root}")
+
+
+def _remember(run: RunDir, attempt: int, save: bool) -> None:
+    """So that `status` can tell a cancelled run from one whose supervisor was lost."""
+    from hpc_rl.run.events import EventLog
+
+    EventLog(run, attempt).append("cancel", save=save, user=getpass.getuser(), host=socket.gethostname())
+
+
+def _save_and_stop(run: RunDir, timeout: float) -> None:
+    from hpc_rl.cli._console import note
+    from hpc_rl.cli._follow import watch
+    from hpc_rl.cli._state import ENDED
+    from hpc_rl.cli.errors import UserError
+    from hpc_rl.run.paths import write_private
+
+    request = run.control / "stop.json"
+    write_private(request, json.dumps({"action": "save_and_stop", "time": time.time()}).encode())
+    note("asked the run to save and stop at the next step (Ctrl-C leaves it to it)")
+    try:
+        status = watch(run, lambda status: status.state in ENDED, deadline_s=timeout)
+    except KeyboardInterrupt:
+        note("the request stands; see: hpc-rl status " + str(run.root))
+        return
+    if status.state not in ENDED:
+        raise UserError(
+            f"the run has not stopped within {timeout:.0f} s (it is at step {status.step}); the request stands. "
+            f"Without saving: hpc-rl cancel {run.root}"
+        )
+    saved = f"checkpoint of step {status.checkpoint}" if status.checkpoint is not None else "no checkpoint"
+    print(f"{status.state} with {saved}; continue it with: hpc-rl resume {run.root}")
+
+
+def _cancel_job(job_id: str) -> None:
+    """scancel, and wait until Slurm says that every component is gone."""
+    from hpc_rl.cli.errors import UserError
+    from hpc_rl.cluster.slurm.watcher import cancel_job, job_state
+
+    cancel_job(job_id)
+    end = time.monotonic() + GONE_S
+    while time.monotonic() < end:
+        job = job_state(job_id)
+        if job is None or all(
+            c.slurm_state not in ("RUNNING", "COMPLETING", "PENDING") for c in job.components
+        ):
+            return
+        time.sleep(0.5)
+    raise UserError(f"job {job_id} is still there {GONE_S:.0f} s after scancel; see: squeue -j {job_id}")
+
+
+def _end_local(run: RunDir, job: JobRecord) -> bool:
+    """SIGTERM to the supervisor, SIGKILL if it is still there after its time; True when it is gone.
+
+    Its children die with it: each asked the kernel for that when it was started.
+    """
+    from hpc_rl.cli.errors import UserError
+    from hpc_rl.run.lock import live_holder, read_holder
+
+    holder = live_holder(run) or read_holder(run.lock)
+    host, pid = (holder.host, holder.pid) if holder else (job.host, job.pid)
+    if host != socket.gethostname():
+        raise UserError(f"the supervisor runs on {host}: log in there and run the same command")
+    if pid is None or not _alive(pid):
+        return True
+    for number, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, GONE_S)):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return True
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            if not _alive(pid):
+                return True
+            time.sleep(0.1)
+    return False
+
+
+def _alive(pid: int) -> bool:
+    """A zombie that nobody reaps has no start time left to tell, but it is gone all the same."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,41 @@
+"""What counts as a user's mistake: typed errors of the rooms, shown without a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+EXIT_USER_ERROR = 2
+
+# (module, class). A module that was not imported cannot have raised, so nothing is imported here.
+_TYPES = (
+    ("hpc_rl.cli.errors", "UserError"),
+    ("hpc_rl.recipe.yaml_source", "RecipeError"),
+    ("hpc_rl.recipe.plugins", "PluginError"),
+    ("hpc_rl.plan", "PlanError"),
+    ("hpc_rl.plan.errors", "PlanError"),
+    ("hpc_rl.data.errors", "DataError"),
+    ("hpc_rl.run.paths", "RunError"),
+    ("hpc_rl.bus.errors", "BusError"),
+    ("hpc_rl.cluster.devcluster.errors", "DevClusterError"),
+    ("hpc_rl.cluster.slurm.errors", "SlurmError"),
+    ("hpc_rl.cluster.slurm.sites", "SiteError"),
+)
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for; the message says what to change."""
+
+
+def user_errors() -> tuple[type[BaseException], ...]:
+    """The error types of the rooms imported so far that are reported without a traceback."""
+    found = []
+    for module, name in _TYPES:
+        if module in sys.modules and (kind := vars(sys.modules[module]).get(name)) is not None:
+            found.append(kind)
+    return tuple(found)
+
+
+def report(error: BaseException) -> None:
+    """The message on stderr, each line of it marked as an error where it starts one."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    print("\n".join([f"error: {lines[0]}", *lines[1:]]), file=sys.stderr)

@@ -1,0 +1,65 @@
+"""`hpc-rl status`: what a run does, how far it is, and the first cause if it failed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from hpc_rl.cli._state import RunStatus
+
+
+def status(
+    run: str = typer.Argument(..., help="Run directory, recipe name (its latest run) or Slurm job id."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Show what a run does: state, step, attempt, each role, and the first cause of a failure.
+
+    It works from the run directory alone: without Slurm, and for jobs that Slurm has forgotten.
+
+    \b
+    Example:
+      hpc-rl status gsm8k-grpo
+      hpc-rl status 123456 --json
+    """
+    from hpc_rl.cli._console import print_json
+    from hpc_rl.cli._state import run_status
+    from hpc_rl.run.index import find_run
+
+    answer = run_status(find_run(run))
+    if as_json:
+        print_json(answer.as_json())
+    else:
+        typer.echo(describe(answer))
+
+
+def describe(answer: RunStatus) -> str:
+    """The status as text."""
+    from hpc_rl.cli._console import ago, table
+    from hpc_rl.telemetry.console import number, step_name
+
+    facts: list[tuple[str, object]] = [("run", answer.run), ("run dir", answer.run_dir)]
+    facts.append(("job", f"{answer.job_id or '-'} ({answer.placement or 'not submitted'})"))
+    facts.append(("state", answer.state + (f" ({answer.reason})" if answer.reason else "")))
+    facts.append(("step", step_name(answer.step or 0, answer.total_steps)))
+    facts.append(("attempt", answer.attempt))
+    if answer.checkpoint is not None:
+        facts.append(("checkpoint", f"step {answer.checkpoint}"))
+    if answer.first_cause:
+        facts.append(("first cause", answer.first_cause))
+    if answer.wandb:
+        facts.append(("W&B", answer.wandb))
+    facts.append(("logs", answer.logs))
+    shown = ("train/loss", "rollout/reward_mean", "eval/accuracy", "rollout/staleness_mean", "time/step_s")
+    values = [f"{name} {number(answer.metrics[name], 4)}" for name in shown if name in answer.metrics]
+    if values:
+        facts.append(("metrics", ", ".join(values)))
+    lines = [f"{name + ':':13}{value}" for name, value in facts]
+    if answer.components:
+        rows = [[c["id"], c["name"], c["state"], c["nodes"] or c["reason"] or "-"] for c in answer.components]
+        lines += ["", table(["component", "name", "state", "nodes"], rows)]
+    if answer.roles:
+        rows = [[f"{r.role} {r.index}", r.state, ago(r.since), r.detail] for r in answer.roles]
+        lines += ["", table(["role", "phase", "for", ""], rows)]
+    return "\n".join(lines)
