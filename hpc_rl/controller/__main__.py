@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import sys
 
+from hpc_rl.controller.base import Controller
 from hpc_rl.controller.rl import RlController
 from hpc_rl.controller.sft import SftController
 from hpc_rl.roles import RoleProcess, main
+from hpc_rl.run.attempts import read_attempts
+from hpc_rl.telemetry.report import write_report
 
 
 def body(role: RoleProcess) -> int:
     """The exit code of the attempt."""
-    controller = RlController(role) if role.recipe.kind == "rl" else SftController(role)
-    return controller.run()
+    kinds: dict[str, type[Controller]] = {"rl": RlController, "sft": SftController}
+    controller = kinds[role.recipe.kind](role)
+    try:
+        code = controller.run()
+    except BaseException:
+        conclude(controller, wandb_s=2.0)  # SIGTERM and failures leave little time
+        raise
+    conclude(controller, wandb_s=30.0)
+    return code
+
+
+def conclude(controller: Controller, wandb_s: float) -> None:
+    """End W&B and write `report.html` from whatever was measured."""
+    if controller.recorder is None:
+        return
+    run = controller.run_dir
+    controller.recorder.close(wandb_s)
+    attempts = [attempt.__dict__ for attempt in read_attempts(run)]
+    write_report(run.metrics, run.report, name=f"{run.name}/{run.run_id}", attempts=attempts)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 adds what it trains on (`sft.py`, `rl.py`) by filling in the hooks below. One thread; nothing here
 waits: each message and each tick may start something and returns.
 
-Exit codes: 0 done, 75 requeue (walltime), 93 stopped by the user with a save, 143 after SIGTERM, other: failed.
+Exit codes: 0 done, 75 requeue (walltime), 93 stopped by the user with a save, 143 after SIGTERM; others:
+failed.
 """
 
 from __future__ import annotations
@@ -208,7 +209,8 @@ class Controller:
             self.recorder.flush()
 
     def still_here(self) -> list[tuple[str, int]]:
-        expected = [("policy", 0)] + [("rollout", r.index) for r in self.members.replicas.values() if r.state != "lost"]
+        running = [r.index for r in self.members.replicas.values() if r.state != "lost"]
+        expected = [("policy", 0), *(("rollout", index) for index in running)]
         return [who for who in expected if who not in self.gone]
 
     def all_gone(self) -> bool:

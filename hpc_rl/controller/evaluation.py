@@ -41,7 +41,9 @@ class Evaluation:
 class Evaluator:
     """Decides when to evaluate and keeps the one evaluation that is under way."""
 
-    def __init__(self, options: Eval, prompts: list[Prompt], *, primary: str, max_tokens: int, seed: int) -> None:
+    def __init__(
+        self, options: Eval, prompts: list[Prompt], *, primary: str, max_tokens: int, seed: int
+    ) -> None:
         self.options, self.prompts, self.primary = options, prompts, primary
         self.sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=max_tokens, seed=seed)
         self.current: Evaluation | None = None

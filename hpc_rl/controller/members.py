@@ -1,9 +1,9 @@
 """Who runs: the policy's ranks and the rollout replicas, their liveness, and their restarts.
 
 The controller says what should run (`StartRole`), the supervisor starts it (`StepStarted`, `StepExited`),
-the processes say how they are (`Register`, `ReplicaReady`, heartbeats). A replica that is lost is started again
-with the next incarnation while its budget lasts; then the run goes on with fewer. The policy is one step
-for all its ranks: losing a rank ends the attempt.
+the processes say how they are (`Register`, `ReplicaReady`, heartbeats). A replica that is lost is
+started again with the next incarnation while its budget lasts; then the run goes on with fewer. The
+policy is one step for all its ranks: losing a rank ends the attempt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpc_rl.bus.messages import Message, Register, RoleFailed, StartRole, StepExited, StopRole
 
@@ -30,7 +31,7 @@ class Replica:
     """One rollout engine as the controller sees it. `version` is the last acknowledged one."""
 
     index: int
-    incarnation: int = 0
+    incarnation: int = 1
     state: str = "starting"  # starting | loaded | live | lost | stopped
     version: int | None = None
     since: float = field(default_factory=time.monotonic)
@@ -70,7 +71,7 @@ class Members:
         self._failures: dict[tuple[str, int, int], RoleFailed] = {}
 
     def start_all(self) -> None:
-        self._send(StartRole("policy", 0, 0))
+        self._send(StartRole("policy", 0, 1))
         for replica in self.replicas.values():
             self._send(StartRole("rollout", replica.index, replica.incarnation))
 
@@ -130,26 +131,36 @@ class Members:
         return replica
 
     # --- deadlines --------------------------------------------------------------------------------
-    def check(self, heartbeats: dict[str, dict]) -> None:
+    def check(self, heartbeats: dict[tuple[str, int], dict[str, Any]]) -> None:
         """Silent or too slow processes. Raises AttemptFailed naming who was waited for."""
         if self.stopping:
             return
-        now_wall, now = time.time(), time.monotonic()
+        now = time.monotonic()
         for replica in list(self.replicas.values()):
             if replica.state in ("lost", "stopped"):
                 continue
-            beat = heartbeats.get(f"rollout:{replica.index}")
-            own = beat is not None and int(beat.get("incarnation", 0)) == replica.incarnation
-            if beat is not None and own and now_wall - float(beat["time"]) > HEARTBEAT_LIMIT_S:
-                age = now_wall - float(beat["time"])
-                self.lose(replica, f"no heartbeat for {age:.0f} s (phase {beat.get('phase')})")
+            beat = heartbeats.get(("rollout", replica.index))
+            fault = overdue(beat) if beat and int(beat["incarnation"]) == replica.incarnation else None
+            if fault is not None:
+                self.lose(replica, fault)
             elif replica.state == "starting" and now - replica.since > START_LIMIT_S:
                 self.lose(replica, f"not ready {START_LIMIT_S:.0f} s after its start")
         if len(self.policy_ranks) < self.world_size and now - self.policy_started > START_LIMIT_S:
             missing = sorted(set(range(self.world_size)) - self.policy_ranks)
             raise AttemptFailed(f"policy ranks {missing} not ready {START_LIMIT_S:.0f} s after their start")
-        for rank in sorted(self.policy_ranks):
-            beat = heartbeats.get(f"policy:{rank}")
-            if beat is not None and now_wall - float(beat["time"]) > HEARTBEAT_LIMIT_S:
-                age = now_wall - float(beat["time"])
-                raise AttemptFailed(f"policy rank {rank}: no heartbeat for {age:.0f} s (phase {beat.get('phase')})")
+        for rank in range(self.world_size):
+            beat = heartbeats.get(("policy", rank))
+            fault = overdue(beat) if beat else None
+            if fault is not None:
+                raise AttemptFailed(f"policy rank {rank}: {fault}")
+
+
+def overdue(beat: dict[str, Any]) -> str | None:
+    """What is wrong with a process by its last heartbeat, or None: silent, or too long in one phase."""
+    now, phase, limit = time.time(), beat.get("phase"), beat.get("limit_s")
+    silence = now - float(beat["time"])
+    if silence > HEARTBEAT_LIMIT_S:
+        return f"no heartbeat for {silence:.0f} s (phase {phase})"
+    if limit is not None and now - float(beat["phase_since"]) > limit:
+        return f"in phase {phase} for {now - float(beat['phase_since']):.0f} s (limit {limit:.0f} s)"
+    return None

@@ -20,8 +20,8 @@ def make_recorder(role: RoleProcess, total_steps: int, *, restored: int) -> Reco
     writer = None
     if options.mode != "off":
         writer = WandbWriter(
-            run_dir=role.run_dir.root,
-            mode=options.mode,
+            options.mode,
+            folder=role.run_dir.wandb,
             project=options.project,
             entity=options.entity,
             name=f"{role.run_dir.name}/{role.run_dir.run_id}",
@@ -33,5 +33,7 @@ def make_recorder(role: RoleProcess, total_steps: int, *, restored: int) -> Reco
     gone = recorder.log.roll_back(restored)
     lost = PromptLedger(role.run_dir, role.attempt).roll_back(restored)
     if gone or lost:
-        LOG.info("continuing after step %d: %d metric rows and %d ledger entries rolled back", restored, gone, lost)
+        LOG.info(
+            "continuing after step %d: %d metric rows and %d ledger entries rolled back", restored, gone, lost
+        )
     return recorder

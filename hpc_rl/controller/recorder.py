@@ -62,6 +62,11 @@ class Recorder:
         self._held.clear()
         self._write()
 
+    def close(self, wandb_s: float) -> None:
+        """End W&B, within `wandb_s` seconds and never with an error."""
+        if self._wandb is not None:
+            self._wandb.finish(wandb_s)
+
     def _write(self) -> None:
         for step in sorted(self._rows):
             if any(held <= step for held in self._held):

@@ -9,12 +9,9 @@ Order at a step boundary, as the policy's inbox sees it: SaveCheckpoint(s), Push
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
-
-import msgspec
 
 from hpc_rl.bus import messages as m
 from hpc_rl.controller.base import Controller
@@ -23,6 +20,8 @@ from hpc_rl.controller.evaluation import Evaluator
 from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
 from hpc_rl.controller.prompts import PromptSource, prompt_seed
+from hpc_rl.controller.pushes import Pushes
+from hpc_rl.controller.state import read_state, write_state
 from hpc_rl.controller.window import PromptWindow
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.roles import RoleProcess
@@ -31,7 +30,6 @@ from hpc_rl.types import PromptGroup, Sampling
 
 LOG = logging.getLogger("hpc_rl.controller")
 GENERATE_LIMIT_S = 1800.0
-PUSH_SLACK_S = 60.0
 
 
 class RlController(Controller):
@@ -44,10 +42,13 @@ class RlController(Controller):
         self.rollout = role.recipe.rollout
         self.algorithm = registry("algorithms").config(role.recipe.algorithm["name"], role.recipe.algorithm)
         self.ledger = PromptLedger(role.run_dir, role.attempt)
-        self.pushing: tuple[int, float] | None = None  # (version, since); until all have answered
+        self.pushes = Pushes(
+            self.members,
+            to_policy=self.to_policy,
+            to_replica=lambda index, message: role.bus.send(m.inbox("rollout", index), message),
+            timeout_s=self.rollout.weights.timeout_s,
+        )
         self.awaiting: int | None = None  # this version is to be evaluated next
-        self.push_seconds: float | None = None  # of the last push, once rank 0 has reported it
-        self.pushed = -1  # newest version the replicas were sent
         self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
         self.last_group = time.monotonic()
         self.idle_since: float | None = None
@@ -75,7 +76,8 @@ class RlController(Controller):
         self.evaluator = self._make_evaluator(base)
         self.recorder = make_recorder(self.role, self.total_steps, restored=step)
         if step > 0:
-            self.read_state(self.run_dir.checkpoint(step) / "controller", step)
+            folder = self.run_dir.checkpoint(step) / "controller"
+            read_state(folder, step, self.window, self.source, self.evaluator, self.recorder)
         if self.evaluator.due(step, self.total_steps):
             self._await_evaluation(step)
 
@@ -99,40 +101,8 @@ class RlController(Controller):
         )
 
     def write_state(self, folder: Path, step: int) -> None:
-        """Cursor, answers not trained yet, evaluations done, and what data they belong to."""
-        done = [group for o, group in sorted(self.window.done.items()) if o >= step * self.window.prompts_per_step]
-        (folder / "buffer.msgpack").write_bytes(msgspec.msgpack.encode(done))
-        state = {
-            "step": step,
-            "prompts_per_step": self.window.prompts_per_step,
-            "fingerprint": self.source.fingerprint,
-            "dropped": {str(o): reason for o, reason in self.window.dropped.items()},
-            "in_flight": sorted(self.window.in_flight),
-            "evaluated": sorted(s for s in self.evaluator.done_steps if s <= step),
-            "versions": {r.index: r.version for r in self.members.replicas.values()},
-            "held_rows": self.recorder.held_rows if self.recorder is not None else {},
-        }
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
-
-    def read_state(self, folder: Path, step: int) -> None:
-        state = json.loads((folder / "state.json").read_text())
-        if state["fingerprint"] != self.source.fingerprint:
-            raise AttemptFailed(
-                f"the training data changed since the checkpoint of step {step} "
-                f"(fingerprint {self.source.fingerprint}, was {state['fingerprint']}): {self.recipe.data.train.path}"
-            )
-        if state["prompts_per_step"] != self.window.prompts_per_step:
-            raise AttemptFailed(
-                f"prompts per step changed from {state['prompts_per_step']} to {self.window.prompts_per_step}: "
-                "batch_size and group_size may not change on resume"
-            )
-        groups = msgspec.msgpack.decode((folder / "buffer.msgpack").read_bytes(), type=list[PromptGroup])
-        dropped = {int(o): reason for o, reason in state["dropped"].items()}
-        self.window.restore(step, groups, dropped)
-        self.evaluator.done_steps = set(state["evaluated"])
         assert self.recorder is not None
-        self.recorder.restore({int(s): row for s, row in state["held_rows"].items()})
-        LOG.info("restored step %d: %d answers kept, %d prompts handed out again", step, len(groups), len(state["in_flight"]))
+        write_state(folder, step, self.window, self.source, self.evaluator, self.recorder)
 
     # --- messages ---------------------------------------------------------------------------------
     def handle_other(self, message: m.Message) -> None:
@@ -147,13 +117,11 @@ class RlController(Controller):
             case m.GroupFailed():
                 self.group_failed(message)
             case m.WeightsApplied():
-                self.weights_applied(message)
+                self.pushes.applied(message)
             case m.WeightsFailed():
-                replica = self.members.find(message.replica, message.incarnation)
-                if replica is not None:
-                    self.members.lose(replica, f"weights of version {message.version} failed: {message.cause}")
+                self.pushes.failed(message)
             case m.WeightsPushed():
-                self.weights_pushed(message)
+                self.pushes.reported(message)
             case _:
                 super().handle_other(message)
 
@@ -181,34 +149,11 @@ class RlController(Controller):
             LOG.info("evaluation at step %d: accuracy %.3f", step, metrics.get("eval/accuracy", float("nan")))
             self.recorder.release(step, metrics)
 
-    def weights_applied(self, message: m.WeightsApplied) -> None:
-        """The acknowledgement: from now on this replica may start prompts of newer windows."""
-        replica = self.members.find(message.replica, message.incarnation)
-        if replica is None:
-            return
-        replica.version, replica.receiving = message.version, False
-        if replica.state == "loaded":
-            replica.enter("live")
-        self._push_settled()
-
-    def _push_settled(self) -> None:
-        """A push is over when rank 0 said so and every receiver has acknowledged it or is lost."""
-        if self.push_seconds is not None and not any(r.receiving for r in self.members.replicas.values()):
-            self.pushing = None
-
-    def weights_pushed(self, message: m.WeightsPushed) -> None:
-        self.push_seconds = message.seconds
-        for index, cause in message.failed.items():
-            replica = self.members.replicas[int(index)]
-            if replica.receiving:
-                self.members.lose(replica, f"push of version {message.version}: {cause}")
-        self._push_settled()
-
     def replica_lost(self, replica: Replica) -> None:
         self.events.append("replica_lost", index=replica.index, cause=replica.causes[-1])
         if not self.started:
             return
-        self._push_settled()
+        self.pushes.settle()
         again = self.window.give_back(replica.index)
         self.evaluator.give_back(replica.index)
         LOG.warning("%s: %d prompts are handed out again", replica.name, len(again))
@@ -230,27 +175,16 @@ class RlController(Controller):
             if replica.state == "loaded":
                 replica.version = 0
                 replica.enter("live")
-                self.pushed = max(self.pushed, 0)
+                self.pushes.newest = max(self.pushes.newest, 0)
 
     def _push_if_useful(self) -> None:
         """Between steps, when a replica is behind, no push is under way and no evaluation needs peace."""
         policy_idle = self.step == self.commanded
-        if self.pushing or not policy_idle or self.evaluator.current is not None or self.ending_early():
+        if self.pushes.under_way is not None or not policy_idle or self.ending_early():
             return
         needed = self.step < self.total_steps or self.awaiting == self.step
-        behind = [
-            r for r in self.members.replicas.values() if r.state in ("loaded", "live") and (r.version is None or r.version < self.step)
-        ]
-        if not behind or not needed:
-            return
-        for replica in behind:
-            replica.receiving = True
-            self.role.bus.send(m.inbox("rollout", replica.index), m.ReceiveWeights(self.step))
-        self.to_policy(
-            m.PushWeights(self.step, [r.index for r in behind], [r.incarnation for r in behind])
-        )
-        self.pushing, self.push_seconds = (self.step, time.monotonic()), None
-        self.pushed = self.step
+        if self.evaluator.current is None and needed and (behind := self.pushes.behind(self.step)):
+            self.pushes.begin(self.step, behind)
 
     def _hand_out(self) -> None:
         if self.ending_early():
@@ -273,7 +207,7 @@ class RlController(Controller):
 
     def _begin_evaluation(self) -> None:
         """Once every live replica has exactly the version that is to be evaluated."""
-        if self.awaiting is None or self.pushing or self.ending_early():
+        if self.awaiting is None or self.pushes.under_way is not None or self.ending_early():
             return
         if {r.version for r in self.members.replicas.values() if r.state == "live"} == {self.awaiting}:
             self.evaluator.begin(self.awaiting)
@@ -325,10 +259,10 @@ class RlController(Controller):
 
     def _must_push_first(self) -> bool:
         """Someone waits for just these weights: an evaluation, or a replica that has none yet."""
-        if self.pushing is not None:
+        if self.pushes.under_way is not None:
             return False
         if self.awaiting is not None:
-            return self.awaiting == self.step > self.pushed
+            return self.awaiting == self.step > self.pushes.newest
         waiting = any(r.state == "loaded" for r in self.members.replicas.values())
         return waiting and self.evaluator.current is None
 
@@ -369,7 +303,9 @@ class RlController(Controller):
         if not waiting or time.monotonic() - self.last_group < GENERATE_LIMIT_S:
             return
         who = sorted({f"rollout {index}" for index, _ in waiting.values()})
-        raise AttemptFailed(f"no answer for {GENERATE_LIMIT_S:.0f} s from {', '.join(who)} ({len(waiting)} prompts)")
+        raise AttemptFailed(
+            f"no answer for {GENERATE_LIMIT_S:.0f} s from {', '.join(who)} ({len(waiting)} prompts)"
+        )
 
     # --- the end ----------------------------------------------------------------------------------
     def ending_early(self) -> bool:
@@ -383,9 +319,6 @@ class RlController(Controller):
 
     def tick(self) -> None:
         super().tick()
-        if self.pushing is None:
-            return
-        version, since = self.pushing
-        limit = self.rollout.weights.timeout_s + PUSH_SLACK_S
-        if time.monotonic() - since > limit:
-            raise AttemptFailed(f"policy rank 0 has not finished pushing version {version} after {limit:.0f} s")
+        overdue = self.pushes.overdue()
+        if overdue:
+            raise AttemptFailed(overdue)
