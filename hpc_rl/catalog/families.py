@@ -53,7 +53,10 @@ def rollout_tp_error(heads: int, kv_heads: int, tp: int) -> str | None:
         return f"tp {tp} does not divide the model's {heads} attention heads; use one of {divisors(heads)}"
     if kv_heads % tp and tp % kv_heads:
         allowed = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
-        return f"tp {tp} neither divides nor is a multiple of the model's {kv_heads} key/value heads; use one of {allowed}"
+        return (
+            f"tp {tp} neither divides nor is a multiple of the model's {kv_heads} key/value heads; "
+            f"use one of {allowed}"
+        )
     return None
 
 

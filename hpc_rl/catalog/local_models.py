@@ -15,8 +15,9 @@ def hub_cache(hf_home: str | None = None) -> Path:
         return Path(hf_home).expanduser() / "hub"
     if os.environ.get("HF_HUB_CACHE"):
         return Path(os.environ["HF_HUB_CACHE"]).expanduser()
-    home = os.environ.get("HF_HOME") or str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface")
-    return Path(home).expanduser() / "hub"
+    home = os.environ.get("HF_HOME")
+    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    return base.expanduser() / "hub"
 
 
 def is_local(path: str) -> bool:

@@ -30,7 +30,8 @@ def user_config_dir() -> Path:
 def site_files(config_dir: Path | None = None) -> dict[str, Path]:
     """All profiles by name; the user's own win over shipped ones of the same name."""
     folders = [share_dir("site"), (config_dir or user_config_dir()) / "sites"]
-    return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))]
+    return {file.stem: file for file in files}
 
 
 def load_site(name: str = "auto", *, config_dir: Path | None = None) -> Site:
@@ -62,15 +63,11 @@ def read_site(path: Path) -> Site:
     site, problems = validate(Site, source.data, source, renames=False)
     if site is None:
         raise RecipeError(problems)
-    problems = [
-        Problem(str(source.where(key)), dotted(key), message) for key, message in _mistakes(site)
-    ]
+    problems = [Problem(str(source.where(key)), dotted(key), message) for key, message in _mistakes(site)]
     if problems:
         raise RecipeError(problems)
-    for attribute in ("template",):
-        value = getattr(site, attribute)
-        if value is not None and not Path(value).expanduser().is_absolute():
-            setattr(site, attribute, str((path.parent / value).resolve()))
+    if site.template is not None:
+        site.template = str((path.parent / Path(site.template).expanduser()).resolve())
     return site
 
 
@@ -89,7 +86,7 @@ def _mistakes(site: Site) -> list[tuple[tuple[str, ...], str]]:
         except re.error as error:
             found.append((("detect", "hostname"), f"is not a regular expression: {error}"))
     if site.gpus.style == "none" and site.gpus.per_node and site.placement != "local":
-        found.append((("gpus", "style"), f"is 'none' but gpus.per_node is {site.gpus.per_node}; say gres or gpus_per_node"))
+        found.append((("gpus", "style"), f"is 'none' but gpus.per_node is {site.gpus.per_node}; use gres"))
     if site.gpus.style != "none" and not site.gpus.per_node:
         found.append((("gpus", "per_node"), f"is required when gpus.style is {site.gpus.style!r}"))
     return found
@@ -134,7 +131,8 @@ def _configured(config_dir: Path) -> str | None:
         raise RecipeError([Problem(where, unknown[0], "unknown key. Allowed here: site")])
     name = source.data.get("site")
     if name is not None and not isinstance(name, str):
-        raise RecipeError([Problem(str(source.where(("site",))), "site", "must be the name of a site profile")])
+        where = str(source.where(("site",)))
+        raise RecipeError([Problem(where, "site", "must be the name of a site profile")])
     return name
 
 
@@ -144,7 +142,8 @@ def _cluster_name(which: Callable[[str], str | None]) -> str | None:
     if scontrol is None:
         return None
     try:
-        done = subprocess.run([scontrol, "show", "config"], capture_output=True, text=True, timeout=10, check=False)
+        command = [scontrol, "show", "config"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = re.search(r"^ClusterName\s*=\s*(\S+)", done.stdout, re.MULTILINE)

@@ -87,14 +87,16 @@ class Sizer:
             self._bad(
                 f"{shape} cannot be spread evenly over cluster.policy.nodes {nodes}; "
                 f"use a number of nodes that divides {tasks}",
-                "policy", "parallel",
+                "policy",
+                "parallel",
             )
         per_node = -(-tasks // nodes)
         if capacity and per_node > capacity:
             self._bad(
                 f"{shape}, but cluster.policy.nodes {nodes} x {capacity} GPUs = {nodes * capacity}; "
                 f"use {-(-tasks // capacity)} nodes or fewer ranks",
-                "policy", "parallel",
+                "policy",
+                "parallel",
             )
         elif capacity and nodes > 1 and tasks <= (nodes - 1) * capacity:
             self.warnings.append(
@@ -112,24 +114,28 @@ class Sizer:
         shape = f"tp {rollout.parallel.tp} x pp {rollout.parallel.pp} = {width} GPUs per replica"
         if rollout.replicas < nodes:
             self._bad(
-                f"{rollout.replicas} replicas leave some of the {nodes} nodes of cluster.rollout.nodes empty; "
+                f"{rollout.replicas} replicas leave some of the {nodes} nodes of cluster.rollout.nodes idle; "
                 f"use at most {rollout.replicas} nodes",
-                "rollout", "replicas",
+                "rollout",
+                "replicas",
             )
         if capacity and width > capacity:
-            self._bad(f"{shape}, but a node has {capacity}; a replica must fit on one node", "rollout", "parallel")
+            self._bad(
+                f"{shape}, but a node has {capacity}; a replica must fit on one node", "rollout", "parallel"
+            )
         elif capacity and per_node > capacity // width:
             room = capacity // width
             self._bad(
                 f"{rollout.replicas} replicas ({shape}) do not fit on cluster.rollout.nodes {nodes} "
-                f"with {capacity} GPUs each ({nodes * room} fit); use {-(-rollout.replicas // room)} nodes or "
-                f"{nodes * room} replicas",
-                "rollout", "replicas",
+                f"with {capacity} GPUs each ({nodes * room} fit); "
+                f"use {-(-rollout.replicas // room)} nodes or {nodes * room} replicas",
+                "rollout",
+                "replicas",
             )
         elif capacity and nodes > 1 and rollout.replicas <= (nodes - 1) * (capacity // width):
+            enough = -(-rollout.replicas // (capacity // width))
             self.warnings.append(
-                f"rollout: {rollout.replicas} replicas would fit on {-(-rollout.replicas // (capacity // width))} "
-                f"nodes instead of {nodes}"
+                f"rollout: {rollout.replicas} replicas would fit on {enough} nodes instead of {nodes}"
             )
         return self._group("rollout", options, nodes, rollout.replicas, per_node, width if capacity else 0)
 
@@ -137,7 +143,13 @@ class Sizer:
         return 1 if self.placement == "local" else options.nodes
 
     def _group(
-        self, role: Role, options: GroupOptions, nodes: int, tasks: int, tasks_per_node: int, gpus_per_task: int
+        self,
+        role: Role,
+        options: GroupOptions,
+        nodes: int,
+        tasks: int,
+        tasks_per_node: int,
+        gpus_per_task: int,
     ) -> Group:
         site, cluster = self.site, self.recipe.cluster
         gpus = gpus_per_task * tasks_per_node
@@ -164,7 +176,10 @@ class Sizer:
     def _controller(self) -> Group:
         options = self.recipe.cluster.controller
         base = GroupOptions(
-            nodes=1, partition=options.partition, cpus_per_task=options.cpus, mem=options.mem or CONTROLLER_MEM
+            nodes=1,
+            partition=options.partition,
+            cpus_per_task=options.cpus,
+            mem=options.mem or CONTROLLER_MEM,
         )
         group = self._group("controller", base, 1, 1, 1, 0)
         group.sbatch += options.sbatch
@@ -185,7 +200,8 @@ class Sizer:
         for group in groups:
             group.component = 0
         needed = sum(group.gpus_per_node for group in groups)
-        together = all(group.nodes == 1 for group in groups) and (not self.site_gpus or needed <= self.site_gpus)
+        fits = not self.site_gpus or needed <= self.site_gpus
+        together = fits and all(group.nodes == 1 for group in groups)
         if not together:
             first = 0
             for group in groups:
@@ -194,7 +210,8 @@ class Sizer:
         partitions = {group.partition for group in groups}
         if len(partitions) > 1:
             names = ", ".join(str(name) for name in sorted(partitions, key=str))
-            self._bad(f"placement shared is one allocation in one partition, not {names}; use het", "cluster", "placement")
+            text = f"placement shared is one allocation in one partition, not {names}; use het"
+            self._bad(text, "cluster", "placement")
 
     def _localise(self, groups: list[Group]) -> None:
         """One machine, no components; its GPUs are split between the roles."""
@@ -204,7 +221,8 @@ class Sizer:
             self._bad(
                 f"this machine has {self.site_gpus} GPUs but {needed} are needed ({parts}); "
                 "use fewer ranks or replicas, or set gpus_per_node: 0 for a role that runs on the CPU",
-                "cluster", "placement",
+                "cluster",
+                "placement",
             )
 
     def _fill_cpus(self, groups: list[Group]) -> None:
@@ -232,5 +250,6 @@ class Sizer:
                 self._bad(
                     f"{group.tasks_per_node} tasks x {group.cpus_per_task} CPUs do not fit the site's "
                     f"{self.site_cpus} CPUs per node; set cluster.{group.role}.cpus_per_task",
-                    "cluster", str(group.role),
+                    "cluster",
+                    str(group.role),
                 )

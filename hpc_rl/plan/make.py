@@ -23,21 +23,18 @@ def make_plan(loaded: LoadedRecipe, site: Site) -> Plan:
     recipe = loaded.recipe
     placement: Placement = recipe.cluster.placement or site.placement
     if placement == "split":
-        raise RecipeError(
-            [loaded.problem("is 'split', which is not available; use het, shared or local", "cluster", "placement")]
-        )
+        text = "is 'split', which is not available; use het, shared or local"
+        raise RecipeError([loaded.problem(text, "cluster", "placement")])
     sizer = Sizer(loaded, site, placement)
     problems = sizer.problems
     groups = sizer.groups()
     minutes = parse_time(recipe.cluster.time)
     if site.time_max is not None and placement != "local" and minutes > parse_time(site.time_max):
-        problems.append(
-            loaded.problem(f"is {recipe.cluster.time!r}; site {site.name} allows {site.time_max}", "cluster", "time")
-        )
+        text = f"is {recipe.cluster.time!r}; site {site.name} allows {site.time_max}"
+        problems.append(loaded.problem(text, "cluster", "time"))
     if recipe.cluster.reward is not None:
-        problems.append(
-            loaded.problem("a reward group is not available; rewards run beside the replicas", "cluster", "reward")
-        )
+        text = "a reward group is not available; rewards run beside the replicas"
+        problems.append(loaded.problem(text, "cluster", "reward"))
     mesh = Mesh(**recipe.policy.parallel.model_dump())
     facts = _facts(loaded, site, problems)
     warnings = sizer.warnings
@@ -127,7 +124,8 @@ def _head_problems(loaded: LoadedRecipe, facts: ModelFacts) -> list[Problem]:
         if message is not None:
             problems.append(loaded.problem(message, "rollout", "parallel", "tp"))
     if facts.layers is not None and recipe.policy.parallel.pp > facts.layers:
-        problems.append(loaded.problem(f"exceeds the model's {facts.layers} layers", "policy", "parallel", "pp"))
+        text = f"exceeds the model's {facts.layers} layers"
+        problems.append(loaded.problem(text, "policy", "parallel", "pp"))
     if recipe.rollout is not None and facts.max_position is not None:
         length = recipe.rollout.max_model_len
         if length is not None and length > facts.max_position:
@@ -138,7 +136,9 @@ def _head_problems(loaded: LoadedRecipe, facts: ModelFacts) -> list[Problem]:
 
 def _family_warnings(recipe: Recipe, facts: ModelFacts) -> list[str]:
     if facts.family is None:
-        return [f"model type {facts.model_type!r} is not in the catalog; its parallel rules are not checked beyond heads"]
+        return [
+            f"model type {facts.model_type!r} is not in the catalog; only its heads are checked against tp"
+        ]
     if recipe.rollout is not None and recipe.rollout.engine == "vllm" and not facts.family.vllm:
         return [f"vLLM does not serve {facts.family.name}; use rollout.engine hf"]
     return []

@@ -33,7 +33,7 @@ def memory_warnings(recipe: Recipe, memory: MemoryEstimate) -> list[str]:
     if total > memory.gpu_gb:
         warnings.append(
             f"policy: weights {memory.weights_gb:.1f} + gradients {memory.gradients_gb:.1f} + optimizer "
-            f"{memory.optimizer_gb:.1f} = {total:.1f} GiB per GPU, but the site's GPUs have {memory.gpu_gb:g}; "
+            f"{memory.optimizer_gb:.1f} = {total:.1f} GiB per GPU, the site's GPUs have {memory.gpu_gb:g}; "
             "raise policy.parallel.dp_shard"
         )
     if recipe.rollout is not None:
@@ -41,7 +41,7 @@ def memory_warnings(recipe: Recipe, memory: MemoryEstimate) -> list[str]:
         engine = memory.parameters * _BYTES[recipe.model.dtype] / width / GIB
         if engine > memory.gpu_gb:
             warnings.append(
-                f"rollout: weights need {engine:.1f} GiB per GPU, but the site's GPUs have {memory.gpu_gb:g}; "
+                f"rollout: weights need {engine:.1f} GiB per GPU, the site's GPUs have {memory.gpu_gb:g}; "
                 "raise rollout.parallel.tp"
             )
     return warnings

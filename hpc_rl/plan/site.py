@@ -28,7 +28,7 @@ class Gpus(Section):
     style: Literal["gres", "gpus_per_node", "gpus_per_task", "none"] = "none"
     type: str | None = None  # for gres and gpus: gpu:TYPE:N
     per_node: NonNegative | None = None
-    memory_gb: float | None = Field(None, gt=0)
+    memory_gb: float | None = Field(default=None, gt=0)
 
 
 class Cpus(Section):

@@ -11,7 +11,7 @@ from hpc_rl.recipe.yaml_source import KeyPath, Problem, Source, dotted
 
 SECRET_NAME = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_TIME = re.compile(r"(?:(?P<d>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+))?(?::(?P<ds>\d+))?|(?P<rest>\d+(?::\d+){0,2}))\Z")
+_TIME = re.compile(r"(?:(?P<d>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+))?(?::(?P<ds>\d+))?|(?P<t>\d+(?::\d+){0,2}))\Z")
 # sbatch options that the plan writes itself, and the recipe key that sets them
 _OWNED = {
     "time": "cluster.time",
@@ -42,7 +42,10 @@ _OWNED = {
     "signal": "cluster.signal_seconds",
     "export": "cluster.variables and cluster.secrets",
 }
-_FORBIDDEN = ("output", "o", "error", "e", "requeue", "no-requeue", "array", "a", "open-mode", "wrap", "parsable", "chdir", "D")
+_FORBIDDEN = (
+    *("output", "o", "error", "e", "requeue", "no-requeue", "array", "a", "open-mode", "wrap", "parsable"),
+    *("chdir", "D"),
+)
 
 
 def parse_time(text: str) -> int:
@@ -50,10 +53,10 @@ def parse_time(text: str) -> int:
     match = _TIME.match(text)
     if match is None:
         raise ValueError("must be a Slurm time such as 90 (minutes), 08:00:00 or 1-12:00:00")
-    if match["rest"]:
-        parts = [int(part) for part in match["rest"].split(":")]
+    if match["t"]:
+        parts = [int(part) for part in match["t"].split(":")]
         # one number is minutes, two are minutes:seconds, three are hours:minutes:seconds
-        hours, minutes, seconds = {1: (0, parts[0], 0), 2: (0, *parts[:2]), 3: tuple(parts[:3])}[len(parts)]  # type: ignore[misc]
+        hours, minutes, seconds = [(0, *parts, 0), (0, *parts), tuple(parts)][len(parts) - 1]
     else:
         hours = int(match["d"]) * 24 + int(match["dh"])
         minutes, seconds = int(match["dm"] or 0), int(match["ds"] or 0)
@@ -78,9 +81,12 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
         if "micro_batch_tokens" not in recipe.policy.model_fields_set:
             recipe.policy.micro_batch_tokens = None
         elif recipe.policy.micro_batch_tokens is not None:
-            bad("both micro_batch_size and micro_batch_tokens are set; keep one", "policy", "micro_batch_size")
+            bad(
+                "micro_batch_size and micro_batch_tokens are both set; keep one", "policy", "micro_batch_size"
+            )
     elif recipe.policy.micro_batch_tokens is None:
-        bad("set micro_batch_tokens, or micro_batch_size where nothing is packed", "policy", "micro_batch_tokens")
+        text = "set micro_batch_tokens, or micro_batch_size where nothing is packed"
+        bad(text, "policy", "micro_batch_tokens")
     return problems
 
 
@@ -103,7 +109,7 @@ def _kind(recipe: Recipe) -> Found:
     ):
         if present:
             empty = "[]" if name == "reward" else "null"
-            yield (name,), f"kind {recipe.kind} has no {name}; remove it, or set it to {empty} if it is inherited"
+            yield (name,), f"kind {recipe.kind} has no {name}; remove it, or write {empty} if it is inherited"
     if recipe.kind == "sft" and recipe.algorithm.get("name") not in (None, "sft"):
         yield ("algorithm", "name"), f"is {recipe.algorithm['name']!r}; kind sft has algorithm sft (or none)"
 
@@ -113,7 +119,7 @@ def _length(recipe: Recipe) -> Found:
     if policy.steps is None and policy.epochs is None:
         yield ("policy",), "set policy.steps or policy.epochs"
     if policy.steps is not None and policy.epochs is not None:
-        yield ("policy", "epochs"), "both policy.steps and policy.epochs are set; keep one (set the other to null)"
+        yield ("policy", "epochs"), "policy.steps and policy.epochs are both set; keep one"
 
 
 def _batch(recipe: Recipe) -> Found:
@@ -147,7 +153,8 @@ def _rollout(recipe: Recipe) -> Found:
     if rollout.max_model_len is not None and rollout.max_model_len <= rollout.max_tokens:
         yield (
             ("rollout", "max_model_len"),
-            f"is {rollout.max_model_len}; must be larger than rollout.max_tokens {rollout.max_tokens} (prompt + answer)",
+            f"is {rollout.max_model_len}; must hold prompt and answer, so be larger than "
+            f"rollout.max_tokens {rollout.max_tokens}",
         )
 
 
@@ -163,7 +170,7 @@ def _cluster(recipe: Recipe) -> Found:
     except ValueError as error:
         yield ("cluster", "time"), f"is {cluster.time!r}; {error}"
     for index, name in enumerate(cluster.secrets):
-        if not SECRET_NAME.match(name) or name.startswith(("HF_", "WANDB_")) and len(name) > 40:
+        if not SECRET_NAME.match(name) or len(name) > 64:
             # the text may be the secret itself, so it is not repeated
             yield (
                 ("cluster", "secrets", index),
@@ -184,7 +191,8 @@ def _variables(variables: dict[str, str], path: KeyPath) -> Found:
         if not _VARIABLE.match(name):
             yield (*path, name), "is not a name of an environment variable"
         elif is_secret((name.lower(),)):
-            yield (*path, name), "looks like a secret; list its name under cluster.secrets and export it in your shell"
+            text = "looks like a secret; export it in your shell and list its name under cluster.secrets"
+            yield (*path, name), text
         elif "\n" in value or "\0" in value:
             yield (*path, name), "must be one line"
 

@@ -83,7 +83,8 @@ class Registry:
         """Add `member`. A name that is taken by another member is an error."""
         present = self._members.get(name)
         if present is not None and present != member:
-            raise ValueError(f"{self.kind} extension {name!r} is already {present.implementation}; choose another name")
+            taken = f"{self.kind} extension {name!r} is already {present.implementation}"
+            raise ValueError(f"{taken}; choose another name")
         self._members[name] = member
 
     def names(self) -> list[str]:
@@ -139,7 +140,7 @@ class Registry:
             if point.name not in self._members:
                 found = point.load()
                 if not isinstance(found, Member):
-                    raise TypeError(f"entry point hpc_rl.{self.kind}: {point.name} is not a Member but {found!r}")
+                    raise TypeError(f"entry point hpc_rl.{self.kind}: {point.name} is not a Member")
                 self._members[point.name] = found
 
 

@@ -36,6 +36,9 @@ _NAMED: list[tuple[KeyPath, KeyPath | None]] = [
 ]
 
 
+Places = dict[KeyPath, Where]
+
+
 def find_recipe(name: str, folder: Path) -> Path:
     """A recipe file by path (relative to `folder`) or by the name of a shipped one.
 
@@ -62,7 +65,8 @@ def read_layers(path: Path) -> Source:
         if str(resolved) in seen:
             source = chain[-1][1]
             loop = " -> ".join([*seen[seen.index(str(resolved)) :], str(resolved)])
-            raise RecipeError([Problem(str(source.where(("extends",))), "extends", f"goes round in a circle: {loop}")])
+            where = str(source.where(("extends",)))
+            raise RecipeError([Problem(where, "extends", f"goes round in a circle: {loop}")])
         source = read_yaml(path)
         chain.append((resolved, source))
         base = source.data.get("extends")
@@ -97,7 +101,7 @@ def merge(base: Source, top: Source) -> Source:
 
 
 def _merge_into(
-    data: dict[str, Any], places: dict[KeyPath, Where], top: dict[str, Any], top_places: dict[KeyPath, Where], at: KeyPath
+    data: dict[str, Any], places: Places, top: dict[str, Any], top_places: Places, at: KeyPath
 ) -> None:
     for key, value in top.items():
         path = (*at, key)
@@ -151,21 +155,23 @@ def _apply(source: Source, text: str) -> Source:
     where = Where(f"override '{shown_override(text)}'", None, Path.cwd(), plain)
     if all(isinstance(part, str) for part in path):
         nested: Any = value
-        for part in reversed(path):
-            nested = {part: nested}
+        for name in reversed(path):
+            nested = {name: nested}
         places = {tuple(path[:end]): where for end in range(1, len(path) + 1)}
         merged = merge(source, Source(nested, places))
         # the parents were written in the file; only the value itself is the override's
-        merged.places.update({old: place for old, place in source.places.items() if old in places and old != tuple(path)})
+        parents = {old: source.places[old] for old in places if old in source.places and old != tuple(path)}
+        merged.places.update(parents)
         return merged
     return _set_in_list(source, path, value, where)
 
 
 def _index(part: str, items: list[Any], path: list[str | int]) -> int:
+    name = dotted(tuple(path))
     if not part.isdigit():
-        raise ValueError(f"{dotted(tuple(path))} is a list; use a number, for example {dotted(tuple(path))}.0")
+        raise ValueError(f"{name} is a list; use a number, for example {name}.0")
     if int(part) > len(items):
-        raise ValueError(f"{dotted(tuple(path))} has {len(items)} entries; index {part} is beyond its end")
+        raise ValueError(f"{name} has {len(items)} entries; index {part} is beyond its end")
     return int(part)
 
 
@@ -198,14 +204,14 @@ def _get(data: Any, path: KeyPath) -> Any:
     return data
 
 
-def _remove(data: dict[str, Any], places: dict[KeyPath, Where], path: KeyPath) -> None:
-    parent = _get(data, path[:-1]) if len(path) > 1 else data
+def _remove(data: dict[str, Any], places: Places, path: KeyPath) -> None:
+    parent = _get(data, path[:-1])
     if isinstance(parent, dict) and path[-1] in parent:
-        del parent[path[-1]]
+        parent.pop(path[-1])
         _remove_places(places, path)
 
 
-def _remove_places(places: dict[KeyPath, Where], path: KeyPath) -> None:
+def _remove_places(places: Places, path: KeyPath) -> None:
     for old in [old for old in places if old[: len(path)] == path]:
         del places[old]
 

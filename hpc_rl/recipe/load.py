@@ -70,7 +70,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     problems += schema_problems
     if recipe is None:
         raise RecipeError(problems)
-    problems += _extensions(recipe, source)
+    problems += _Extensions(recipe, source).check()
     problems += cross_checks(recipe, source)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
@@ -110,51 +110,65 @@ def _plugins(source: Source) -> tuple[list[str | Path], list[Problem]]:
     return found, problems
 
 
-def _extensions(recipe: Recipe, source: Source) -> list[Problem]:
-    """Validate the extensions' sections by their own configs and write their defaults."""
-    problems: list[Problem] = []
+class _Extensions:
+    """Validates the extensions' sections by their own configs and writes their defaults."""
 
-    def options(kind: str, name: Any, mapping: dict[str, Any], path: KeyPath, name_path: KeyPath) -> dict[str, Any]:
+    def __init__(self, recipe: Recipe, source: Source) -> None:
+        self.recipe = recipe
+        self.source = source
+        self.problems: list[Problem] = []
+
+    def check(self) -> list[Problem]:
+        recipe = self.recipe
+        if recipe.kind == "sft" and not recipe.algorithm:
+            recipe.algorithm = {"name": "sft"}
+        recipe.algorithm = self._section("algorithms", recipe.algorithm, ("algorithm",))
+        for index, item in enumerate(recipe.reward):
+            weight = item.get("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                self._bad("must be a number", "reward", index, "weight")
+            section = self._section("rewards", item, ("reward", index))
+            recipe.reward[index] = {"name": section.pop("name"), "weight": weight, **section}
+        if recipe.simulator is not None:
+            recipe.simulator = self._section("simulators", recipe.simulator, ("simulator",))
+        policy, rollout = recipe.policy, recipe.rollout
+        at: KeyPath = ("policy", "trainer_options")
+        policy.trainer_options = self._options("trainers", policy.trainer, policy.trainer_options, at, at[:1])
+        if rollout is not None:
+            at = ("rollout", "engine_options")
+            rollout.engine_options = self._options(
+                "engines", rollout.engine, rollout.engine_options, at, at[:1]
+            )
+            transport = rollout.weights.transport
+            if transport != "auto":
+                at = ("rollout", "weights")
+                self._options("transports", transport, {}, at, at)
+        return self.problems
+
+    def _bad(self, message: str, *path: str | int) -> None:
+        self.problems.append(_at(self.source, path, message))
+
+    def _section(self, kind: str, mapping: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+        """A section `{name: ..., **options}` with its defaults."""
+        name = mapping.get("name")
         if not isinstance(name, str):
-            problems.append(_at(source, name_path, "is required and missing" if name is None else "must be text"))
-            return {}
+            self._bad("is required and missing" if name is None else "must be text", *path, "name")
+            return {"name": name}
+        return {"name": name, **self._options(kind, name, mapping, path, path)}
+
+    def _options(
+        self, kind: str, name: str, mapping: dict[str, Any], path: KeyPath, owner: KeyPath
+    ) -> dict[str, Any]:
+        """The options at `path`, validated. `owner` is the section that names the extension."""
         try:
             cls = registry(kind).config_class(name)
         except UnknownExtension as error:
-            problems.append(_at(source, name_path, str(error)))
+            key = {"trainers": "trainer", "engines": "engine", "transports": "transport"}.get(kind, "name")
+            self._bad(str(error), *owner, key)
             return {}
-        config, found = validate(cls, options_of(cls, mapping), source, path)
-        problems.extend(found)
+        config, found = validate(cls, options_of(cls, mapping), self.source, path)
+        self.problems.extend(found)
         return config.model_dump(mode="json") if config else {}
-
-    if recipe.algorithm or recipe.kind != "sft":
-        name = recipe.algorithm.get("name")
-        config = options("algorithms", name, recipe.algorithm, ("algorithm",), ("algorithm", "name"))
-        recipe.algorithm = {"name": name, **config}
-    else:
-        recipe.algorithm = {"name": "sft"}
-    for index, item in enumerate(recipe.reward):
-        name, weight = item.get("name"), item.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            problems.append(_at(source, ("reward", index, "weight"), "must be a number"))
-        path: KeyPath = ("reward", index)
-        config = options("rewards", name, item, path, (*path, "name"))
-        recipe.reward[index] = {"name": name, "weight": weight, **config}
-    if recipe.simulator is not None:
-        name = recipe.simulator.get("name")
-        config = options("simulators", name, recipe.simulator, ("simulator",), ("simulator", "name"))
-        recipe.simulator = {"name": name, **config}
-    policy, rollout = recipe.policy, recipe.rollout
-    policy.trainer_options = options(
-        "trainers", policy.trainer, policy.trainer_options, ("policy", "trainer_options"), ("policy", "trainer")
-    )
-    if rollout is not None:
-        rollout.engine_options = options(
-            "engines", rollout.engine, rollout.engine_options, ("rollout", "engine_options"), ("rollout", "engine")
-        )
-        if rollout.weights.transport != "auto":
-            options("transports", rollout.weights.transport, {}, ("rollout", "weights"), ("rollout", "weights", "transport"))
-    return problems
 
 
 def _localise(recipe: Recipe, source: Source) -> None:

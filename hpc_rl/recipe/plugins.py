@@ -49,8 +49,9 @@ def import_plugin(plugin: str | Path) -> None:
             importlib.import_module(plugin)
     except PluginError:
         raise
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise PluginError(f"plugin {str(plugin)!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - whatever a user's module raises while it is imported
+        cause = f"{type(error).__name__}: {error}"
+        raise PluginError(f"plugin {str(plugin)!r} cannot be imported: {cause}") from error
 
 
 def _import_file(path: Path) -> None:
@@ -58,7 +59,7 @@ def _import_file(path: Path) -> None:
     if _imported.get(name) == path and name in sys.modules:
         return
     if name not in _imported and importlib.util.find_spec(name) is not None:
-        raise PluginError(f"plugin file {path.name!r} has the name of the installed module {name!r}; rename it")
+        raise PluginError(f"plugin file {path.name!r} has the name of an installed module; rename it")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"plugin file {str(path)!r} cannot be read as a module")

@@ -18,7 +18,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 class Section(BaseModel):
     """A strict mapping: unknown keys are refused, values are not coerced between kinds."""
 
-    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True, defer_build=True)
 
 
 class Model(Section):
@@ -72,8 +72,8 @@ class PolicyParallel(Section):
 
 class Optimizer(Section):
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-6, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(default=1e-6, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip_norm: float | None = 1.0
@@ -103,7 +103,7 @@ class RolloutParallel(Section):
 class WeightSync(Section):
     transport: str = "auto"  # auto | nccl | gloo | a plugin's
     bucket_mb: Positive = 256
-    timeout_s: float = Field(300.0, gt=0)
+    timeout_s: float = Field(default=300.0, gt=0)
 
 
 class Rollout(Section):
@@ -121,7 +121,7 @@ class Rollout(Section):
 class Checkpoint(Section):
     enabled: bool = True
     save_every: Positive = 50
-    max_keep: int = Field(2, ge=-1)
+    max_keep: int = Field(default=2, ge=-1)
     mode: Literal["async", "sync"] = "async"
     export: Literal["off", "final", "all"] = "final"
     upload_hub: str | None = None
