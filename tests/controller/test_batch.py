@@ -19,7 +19,9 @@ from hpc_rl.controller.batch import (
 from hpc_rl.types import Prompt, PromptGroup, Trajectory, VersionSpan
 
 
-def trajectory(ordinal: int, sample: int, answer: int, reward: float = 0.0, version: int = 0, **changes) -> Trajectory:  # type: ignore[no-untyped-def]
+def trajectory(
+    ordinal: int, sample: int, answer: int, reward: float = 0.0, version: int = 0, **changes
+) -> Trajectory:  # type: ignore[no-untyped-def]
     fields = {
         "ordinal": ordinal,
         "sample": sample,
@@ -101,7 +103,9 @@ def test_every_sample_goes_to_exactly_one_data_parallel_rank(
 
 
 def test_metrics_report_staleness_against_the_training_version() -> None:
-    old = PromptGroup(Prompt(0, 0, 0, "x"), [trajectory(0, 0, 4, 1.0, version=3), trajectory(0, 1, 4, 0.0, version=5)])
+    old = PromptGroup(
+        Prompt(0, 0, 0, "x"), [trajectory(0, 0, 4, 1.0, version=3), trajectory(0, 1, 4, 0.0, version=5)]
+    )
     metrics = rollout_metrics([old], version=5)
     assert metrics["rollout/staleness_mean"] == 1.0
     assert metrics["rollout/staleness_max"] == 2.0
