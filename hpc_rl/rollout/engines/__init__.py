@@ -1,1 +1,1 @@
-"""Rollout engines behind one protocol."""
+"""Rollout engines: one module each, and `config.py` with their options (no torch)."""

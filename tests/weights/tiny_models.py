@@ -42,7 +42,7 @@ def tiny_checkpoint(folder: Path, seed: int, *, tied: bool = True, family: str =
         tie_word_embeddings=tied,
         eos_token_id=EOS,
         bos_token_id=0,
-        initializer_range=0.08,
+        initializer_range=0.04,
     )
     config = Qwen3Config(head_dim=64, **shape) if family == "qwen3" else Qwen2Config(**shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,0 +1,132 @@
+"""The engine protocol: what the worker loop needs from whatever generates tokens.
+
+Every engine, shipped or foreign, passes `tests/rollout/test_engine_contract.py`: log-probs are those of
+softmax(fp32 logits / temperature) after top-p renormalisation, spans say which weights made which token,
+a seed reproduces, and weights change at a token boundary, whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from hpc_rl.recipe.extensions import registry
+from hpc_rl.types import Sampling, VersionSpan
+
+
+class EngineError(RuntimeError):
+    """The engine cannot go on: its replica must be started anew."""
+
+
+class PromptError(ValueError):
+    """This prompt cannot be generated from (too long, unknown token); the engine goes on."""
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """How a replica meets the policy. The bus file holds the password; only its path is passed on."""
+
+    bus_file: Path
+    attempt: int
+    replica: int
+    incarnation: int
+    transport: str = "gloo"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Everything an engine is made from. `options` is the engine's own pydantic config."""
+
+    model: str
+    options: Any
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: str = "bfloat16"
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    tp: int = 1
+    pp: int = 1
+    max_model_len: int | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    transfer: TransferSettings | None = None
+
+
+@dataclass
+class Sample:
+    """One answer. `log_probs[t]` belongs to `token_ids[t]`; `spans` cover the tokens without gaps.
+
+    `finish` is `stop` (end-of-sequence token or stop string, kept in `token_ids`), `length` or `abort`.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    spans: list[VersionSpan]
+    finish: str
+
+
+@dataclass
+class WeightReport:
+    """What was received in a push: tensors, bytes, and seconds by phase."""
+
+    version: int
+    tensors: int
+    nbytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A model that generates. All methods are called from one event loop."""
+
+    version: int
+    """The policy version of the weights now in use; changes only when a whole push is verified."""
+    vocab_size: int
+
+    async def start(self) -> None:
+        """Load the model. Version is 0: the recipe's weights."""
+        ...
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
+    ) -> list[Sample]:
+        """`count` samples; sample i uses seed `sampling.seed + i`. Many calls may be under way.
+
+        Temperature 0 is greedy. Raises PromptError, or EngineError when the engine is lost.
+        """
+        ...
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of `token_ids[1:]` under the present weights at temperature 1."""
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """End a request early; its samples come back with finish `abort`."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop at the next token boundary; requests under way are kept."""
+        ...
+
+    async def receive_weights(self, version: int, timeout_s: float) -> WeightReport:
+        """While paused: take part in the push of `version`.
+
+        Raises WeightTransferError if it fails in any way. `version` then stays as it is, and the engine
+        refuses to resume unless its old weights are still whole.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """Go on; requests under way continue with the present weights. Raises EngineError."""
+        ...
+
+    async def close(self) -> None:
+        """End everything the engine started."""
+        ...
+
+
+def make_engine(name: str, settings: EngineSettings) -> Engine:
+    """An engine by its registered name. Raises UnknownExtension."""
+    engine: Engine = registry("engines").load(name)(settings)
+    return engine

@@ -1,0 +1,248 @@
+"""The `vllm` engine: vLLM's AsyncLLM with in-flight weight updates through its weight-transfer API.
+
+Requests under way are frozen at a token boundary (`pause(mode="keep")`), their KV cache is dropped and
+recomputed with the new weights after the update, and vLLM itself records which tokens each weight
+version made. An update that fails leaves a mixture in the workers, so the engine then refuses to resume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from hpc_rl.rollout.engine import EngineError, EngineSettings, PromptError, Sample, WeightReport
+from hpc_rl.rollout.engines.config import VllmOptions
+from hpc_rl.types import Sampling, VersionSpan
+from hpc_rl.weights.protocol import WeightTransferError
+from hpc_rl.weights.sender import group_prefix
+from hpc_rl.weights.store import RedisStore
+from hpc_rl.weights.transports import load_transport
+
+if TYPE_CHECKING:
+    from vllm import AsyncEngineArgs, CompletionOutput, SamplingParams
+
+log = logging.getLogger(__name__)
+
+# An update that vLLM itself does not end by its deadline gets this much longer before we give up on it.
+GRACE_S = 10.0
+
+
+def set_environment(options: VllmOptions) -> None:
+    """vLLM reads these from the environment only. What the user has set wins.
+
+    `nobind` lets replicas on one node share the cores that Slurm gave them: vLLM's own binding would put
+    every replica on the same first cores.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cpu_kv_cache_gb))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def engine_args(settings: EngineSettings) -> AsyncEngineArgs:
+    """vLLM's arguments for these settings."""
+    from vllm import AsyncEngineArgs
+    from vllm.config.weight_transfer import WeightTransferConfig
+
+    options: VllmOptions = settings.options
+    on_gpu = torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "revision": settings.revision,
+        "tokenizer": settings.tokenizer,
+        "dtype": settings.dtype,
+        "trust_remote_code": settings.trust_remote_code,
+        "tensor_parallel_size": settings.tp,
+        "pipeline_parallel_size": settings.pp,
+        "max_model_len": settings.max_model_len,
+        "seed": settings.seed,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enforce_eager": not on_gpu if options.enforce_eager is None else options.enforce_eager,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    if options.max_num_seqs is not None:
+        arguments["max_num_seqs"] = options.max_num_seqs
+    if on_gpu:
+        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+    if settings.transfer is not None:
+        backend = load_transport(settings.transfer.transport).vllm_backend
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=backend)
+    return AsyncEngineArgs(**{**arguments, **options.extra})
+
+
+def sampling_params(sampling: Sampling, count: int, stop: Sequence[str], max_tokens: int) -> SamplingParams:
+    """vLLM's sampling parameters. Text is only made inside vLLM where stop strings need it."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=count,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=max_tokens,
+        seed=sampling.seed,
+        stop=list(stop) or None,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+class VllmEngine:
+    """See `Engine`. One vLLM engine of tp * pp workers in processes of its own."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.version = 0
+        self.vocab_size = 0
+        self.max_model_len = 0
+        self._llm: Any = None
+        self._joined = False
+        self._prefix = ""
+        self._broken = ""
+
+    async def start(self) -> None:
+        set_environment(self.settings.options)
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._llm = AsyncLLM.from_engine_args(engine_args(self.settings))
+        config = self._llm.vllm_config.model_config
+        self.vocab_size = config.get_vocab_size()
+        self.max_model_len = config.max_model_len
+        await self._llm.update_weight_version("0")
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
+    ) -> list[Sample]:
+        room = self.max_model_len - len(prompt_ids)
+        if room < 1 or not prompt_ids:
+            raise PromptError(
+                f"the prompt has {len(prompt_ids)} tokens; between 1 and {self.max_model_len - 1} fit "
+                "(rollout.max_model_len)"
+            )
+        greedy = sampling.temperature == 0
+        params = sampling_params(
+            sampling, 1 if greedy else count, self.settings.stop, min(sampling.max_tokens, room)
+        )
+        output = await self._run(list(prompt_ids), params, request_id)
+        samples = [_sample(completion, self.version) for completion in output.outputs]
+        return samples * count if greedy else samples
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=1.0)
+        output = await self._run(list(token_ids), params, f"score-{time.monotonic_ns()}")
+        entries = output.prompt_logprobs[1:]
+        return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
+
+    async def _run(self, prompt_ids: list[int], params: SamplingParams, request_id: str) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        output: Any = None
+        try:
+            async for answer in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+                output = answer
+        except ValueError as error:  # vLLM's own validation of prompt and parameters
+            raise PromptError(str(error)) from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise EngineError(f"vLLM failed during generation: {error}") from error
+        if output is None:
+            raise EngineError(f"vLLM gave no output for request {request_id}")
+        return output
+
+    async def abort(self, request_id: str) -> None:
+        await self._llm.abort(request_id)
+
+    async def pause(self) -> None:
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+
+    async def receive_weights(self, version: int, timeout_s: float) -> WeightReport:
+        seconds: dict[str, float] = {}
+        self._broken = f"the update to version {version} did not finish"
+        try:
+            async with asyncio.timeout(timeout_s + GRACE_S):
+                await self._update(version, timeout_s, seconds)
+                report = await asyncio.to_thread(self._read_report, version)
+        except TimeoutError as error:
+            raise WeightTransferError(f"version {version} was not received in {timeout_s:.0f} s") from error
+        except Exception as error:
+            # vLLM gives a failure in a worker as a bare Exception; the text is all there is.
+            raise WeightTransferError(_last_line(str(error))) from error
+        self.version = version
+        self._broken = ""
+        return WeightReport(version, report["tensors"], report["nbytes"], seconds)
+
+    async def _update(self, version: int, timeout_s: float, seconds: dict[str, float]) -> None:
+        from vllm.distributed.weight_transfer.base import (
+            WeightTransferInitRequest,
+            WeightTransferUpdateRequest,
+        )
+
+        deadline = time.monotonic() + timeout_s
+        if not self._joined:
+            began = time.monotonic()
+            info = await asyncio.to_thread(self._init_info, version, timeout_s)
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
+            self._joined = True
+            seconds["join"] = time.monotonic() - began
+        began = time.monotonic()
+        await self._llm.start_weight_update()
+        update = {"version": version, "timeout_s": deadline - time.monotonic()}
+        await self._llm.update_weights(WeightTransferUpdateRequest(update))
+        seconds["receive"] = time.monotonic() - began
+        began = time.monotonic()
+        await self._llm.finish_weight_update(str(version))
+        await self._llm.reset_prefix_cache()
+        seconds["finish"] = time.monotonic() - began
+
+    def _init_info(self, version: int, timeout_s: float) -> dict[str, Any]:
+        transfer = self.settings.transfer
+        if transfer is None:
+            raise EngineError("this engine was made without transfer settings")
+        self._prefix = group_prefix(transfer.attempt, transfer.replica, transfer.incarnation, version)
+        info: dict[str, Any] = load_transport(transfer.transport).init_info(
+            transfer.bus_file, self._prefix, self.settings.tp * self.settings.pp, timeout_s
+        )
+        return info
+
+    def _read_report(self, version: int) -> dict[str, Any]:
+        """What the first worker said of the push (it wrote it before vLLM's call returned)."""
+        assert self.settings.transfer is not None
+        store = RedisStore.from_bus_file(self.settings.transfer.bus_file, self._prefix, GRACE_S)
+        report: dict[str, Any] = msgspec.msgpack.decode(store.get(f"report:{version}:0"))
+        return report
+
+    async def resume(self) -> None:
+        if self._broken:
+            raise EngineError(f"cannot resume with mixed weights: {self._broken}")
+        await self._llm.resume_generation()
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None
+
+
+def _sample(completion: CompletionOutput, version: int) -> Sample:
+    token_ids = list(completion.token_ids)
+    log_probs = list(completion.logprobs.logprobs) if token_ids else []  # type: ignore[union-attr]
+    spans = [VersionSpan(int(s.version), s.start, s.end) for s in completion.weight_versions or ()]
+    if token_ids and not spans:
+        spans = [VersionSpan(version, 0, len(token_ids))]
+    return Sample(token_ids, log_probs, spans, completion.finish_reason or "abort")
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "vLLM failed without a message"

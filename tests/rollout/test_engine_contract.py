@@ -1,0 +1,275 @@
+"""The contract of every rollout engine, against real engines: `hf` and `vllm`.
+
+One engine per kind lives through all tests of this file, in this order; the last ones break it.
+Reference log-probs are a plain Transformers fp32 forward without a cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from tiny_models import EOS, FileSource, tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from hpc_rl.recipe.extensions import registry
+from hpc_rl.rollout.engine import (
+    Engine,
+    EngineError,
+    EngineSettings,
+    PromptError,
+    Sample,
+    TransferSettings,
+    make_engine,
+)
+from hpc_rl.types import Sampling
+from hpc_rl.weights.gloo import GlooTransport
+from hpc_rl.weights.protocol import PushResult, WeightSource, WeightTransferError
+
+pytestmark = [pytest.mark.redis, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
+T = TypeVar("T")
+PROMPT = [5, 6, 7, 8, 9]
+LONG = Sampling(temperature=0.7, top_p=1.0, max_tokens=300, seed=11)
+SHORT = Sampling(temperature=0.7, top_p=1.0, max_tokens=12, seed=3)
+
+
+@dataclass
+class Harness:
+    """An engine, its event loop, and the policy's end of the weight transfer."""
+
+    name: str
+    runner: asyncio.Runner
+    engine: Engine
+    bus_file: Path
+    folders: dict[int, Path]  # version -> checkpoint with its weights
+    models: dict[int, Any] = field(default_factory=dict)
+    sender: Any = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(coroutine)
+
+    def log_probs(
+        self, version: int, prompt: list[int], tokens: list[int], temperature: float
+    ) -> torch.Tensor:
+        if version not in self.models:
+            folder = self.folders[version]
+            self.models[version] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ids = torch.tensor([prompt + tokens])
+        with torch.no_grad():
+            logits = self.models[version](ids).logits[0].float() / temperature
+        return torch.log_softmax(logits, -1)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[
+            :, 0
+        ]
+
+    def push(
+        self, version: int, source: WeightSource, timeout_s: float = 30.0
+    ) -> tuple[threading.Thread, list]:
+        """Send in a thread, as the policy process would."""
+        if self.sender is None:
+            self.sender = GlooTransport.sender(
+                self.bus_file, attempt=1, workers=1, bucket_bytes=1 << 20, timeout_s=timeout_s
+            )
+        results: list[PushResult] = []
+        thread = threading.Thread(target=lambda: results.append(self.sender.push(version, source, [0], [0])))
+        thread.start()
+        return thread, results
+
+    async def update(self, version: int, source: WeightSource | None = None) -> PushResult:
+        await self.engine.pause()
+        thread, results = self.push(version, source or FileSource(self.folders[version]))
+        try:
+            report = await self.engine.receive_weights(version, 30.0)
+        finally:
+            await asyncio.to_thread(thread.join, 40)
+        await self.engine.resume()
+        assert report.version == version
+        assert report.tensors == len(FileSource(self.folders[version]).tensors)
+        return results[0]
+
+
+@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def harness(
+    request: pytest.FixtureRequest, bus_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Harness]:
+    root = tmp_path_factory.mktemp(request.param)
+    # tied embeddings: vLLM's CPU head keeps a repacked copy that an update must refresh
+    folders = {version: tiny_checkpoint(root / str(version), seed=version) for version in range(4)}
+    settings = EngineSettings(
+        model=str(folders[0]),
+        options=registry("engines").config_class(request.param)(),
+        dtype="float32",
+        max_model_len=400,
+        transfer=TransferSettings(bus_file, 1, 0, 0),
+    )
+    with asyncio.Runner() as runner:
+        engine = make_engine(request.param, settings)
+        runner.run(engine.start())
+        yield Harness(request.param, runner, engine, bus_file, folders)
+        runner.run(engine.close())
+
+
+def check_spans(sample: Sample) -> None:
+    assert len(sample.log_probs) == len(sample.token_ids)
+    edges = [0] + [span.end for span in sample.spans]
+    assert [span.start for span in sample.spans] == edges[:-1]
+    assert edges[-1] == len(sample.token_ids)
+
+
+def check_log_probs(harness: Harness, sample: Sample, temperature: float, prompt: list[int] = PROMPT) -> None:
+    """The trainer-sampler mismatch gate: every token against the weights that its span names."""
+    differences = []
+    for span in sample.spans:
+        expected = harness.log_probs(span.version, prompt, sample.token_ids, temperature)
+        differences.append(
+            expected[span.start : span.end] - torch.tensor(sample.log_probs[span.start : span.end])
+        )
+    difference = torch.cat(differences).abs()
+    assert difference.mean() < 1e-6
+    assert difference.max() < 1e-5
+
+
+def test_log_probs_spans_and_finish(harness: Harness) -> None:
+    samples = harness.run(harness.engine.generate(PROMPT, SHORT, 4, "a"))
+    assert len(samples) == 4
+    for sample in samples:
+        check_spans(sample)
+        check_log_probs(harness, sample, SHORT.temperature)
+        assert [span.version for span in sample.spans] == [0]
+        if sample.token_ids[-1] == EOS:
+            assert sample.finish == "stop"
+        else:
+            assert sample.finish == "length"
+            assert len(sample.token_ids) == SHORT.max_tokens
+    assert len({tuple(sample.token_ids) for sample in samples}) == 4
+
+
+def test_a_seed_reproduces_beside_other_traffic(harness: Harness) -> None:
+    async def twice() -> tuple[list[Sample], list[Sample], list[Sample]]:
+        first = await harness.engine.generate(PROMPT, SHORT, 3, "s1")
+        others = [harness.engine.generate([20 + i, 21], SHORT, 2, f"o{i}") for i in range(3)]
+        second, *_ = await asyncio.gather(harness.engine.generate(PROMPT, SHORT, 3, "s2"), *others)
+        seed = Sampling(SHORT.temperature, 1.0, SHORT.max_tokens, SHORT.seed + 1)
+        return first, second, await harness.engine.generate(PROMPT, seed, 1, "s3")
+
+    first, second, shifted = harness.run(twice())
+    assert [s.token_ids for s in first] == [s.token_ids for s in second]
+    assert shifted[0].token_ids == first[1].token_ids  # sample i has seed + i
+
+
+def test_end_of_sequence_and_greedy(harness: Harness) -> None:
+    greedy = Sampling(temperature=0.0, top_p=1.0, max_tokens=6, seed=0)
+    one, two = harness.run(harness.engine.generate(PROMPT, greedy, 2, "g"))
+    assert one.token_ids == two.token_ids
+    model = AutoModelForCausalLM.from_pretrained(harness.folders[0], dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT + one.token_ids])).logits[0]
+    assert logits[len(PROMPT) - 1 : -1].argmax(-1).tolist() == one.token_ids
+    hot = Sampling(temperature=3.0, top_p=1.0, max_tokens=380, seed=0)  # 1 token in ~500 is the end
+    samples = harness.run(harness.engine.generate(PROMPT, hot, 8, "hot"))
+    ended = [s for s in samples if s.finish == "stop"]
+    assert ended
+    for sample in ended:
+        assert sample.token_ids.index(EOS) == len(sample.token_ids) - 1
+
+
+def test_top_p_is_renormalised(harness: Harness) -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.5, max_tokens=1, seed=1)
+    samples = harness.run(harness.engine.generate(PROMPT, sampling, 16, "p"))
+    model = AutoModelForCausalLM.from_pretrained(harness.folders[0], dtype=torch.float32)
+    with torch.no_grad():
+        probs = model(torch.tensor([PROMPT])).logits[0, -1].softmax(-1)
+    ordered, index = probs.sort(descending=True)
+    kept = int((ordered.cumsum(0) - ordered < 0.5).sum())
+    mass = ordered[:kept].sum()
+    for sample in samples:
+        token = sample.token_ids[0]
+        assert token in index[:kept].tolist()
+        assert abs(sample.log_probs[0] - float((probs[token] / mass).log())) < 1e-4
+
+
+def test_score_and_bad_prompts(harness: Harness) -> None:
+    ids = [*PROMPT, 30, 31, 32]
+    scores = harness.run(harness.engine.score(ids))
+    assert torch.allclose(torch.tensor(scores), harness.log_probs(0, ids[:1], ids[1:], 1.0), atol=1e-5)
+    with pytest.raises(PromptError, match="max_model_len"):
+        harness.run(harness.engine.generate([7] * 400, SHORT, 1, "long"))
+    with pytest.raises(PromptError):
+        harness.run(harness.engine.generate([100_000], SHORT, 1, "vocab"))
+    tight = harness.run(harness.engine.generate([7] * 395, LONG, 1, "tight"))
+    assert len(tight[0].token_ids) <= 5
+
+
+def test_abort_gives_what_there_is(harness: Harness) -> None:
+    async def aborted() -> list[Sample]:
+        task = asyncio.create_task(harness.engine.generate(PROMPT, LONG, 2, "x"))
+        await asyncio.sleep(0.1)
+        await harness.engine.abort("x")
+        return await asyncio.wait_for(task, 20)
+
+    samples = harness.run(aborted())
+    assert "abort" in {sample.finish for sample in samples}
+    for sample in samples:
+        check_spans(sample)
+
+
+def test_update_in_flight(harness: Harness) -> None:
+    """Tokens before the boundary are those of the old weights, after it of the new ones."""
+
+    async def updated() -> tuple[list[Sample], PushResult]:
+        task = asyncio.create_task(harness.engine.generate(PROMPT, LONG, 3, "u"))
+        await asyncio.sleep(0.15)
+        result = await harness.update(1)
+        assert not task.done()
+        return await task, result
+
+    samples, result = harness.run(updated())
+    assert result.failed == {}
+    assert harness.engine.version == 1
+    assert any([span.version for span in sample.spans] == [0, 1] for sample in samples)
+    for sample in samples:
+        check_spans(sample)
+        check_log_probs(harness, sample, LONG.temperature)
+    fresh = harness.run(harness.engine.generate(PROMPT, SHORT, 2, "fresh"))  # no stale prefix cache
+    assert {span.version for sample in fresh for span in sample.spans} == {1}
+    for sample in fresh:
+        check_log_probs(harness, sample, SHORT.temperature)
+
+
+def test_second_update_uses_the_same_group(harness: Harness) -> None:
+    assert harness.run(harness.update(2)).failed == {}
+    samples = harness.run(harness.engine.generate(PROMPT, SHORT, 2, "second"))
+    for sample in samples:
+        assert sample.spans[0].version == 2
+        check_log_probs(harness, sample, SHORT.temperature)
+
+
+def test_partial_update_is_refused_and_version_stays(harness: Harness) -> None:
+    """Only q of a fused qkv arrives: silent in vLLM, an error here, on both sides."""
+    source = FileSource(harness.folders[3])
+    lost = "model.layers.1.self_attn.k_proj.weight"
+    del source.tensors[lost]
+
+    async def partial() -> list[PushResult]:
+        await harness.engine.pause()
+        thread, results = harness.push(3, source)
+        with pytest.raises(WeightTransferError, match=f"not sent: {lost}"):
+            await harness.engine.receive_weights(3, 30.0)
+        await asyncio.to_thread(thread.join, 40)
+        return results
+
+    results = harness.run(partial())
+    assert list(results[0].failed) == [0]
+    assert harness.engine.version == 2
+    if harness.name == "hf":  # the push was collected whole before anything was replaced
+        harness.run(harness.engine.resume())
+        samples = harness.run(harness.engine.generate(PROMPT, SHORT, 1, "old"))
+        check_log_probs(harness, samples[0], SHORT.temperature)
+    else:
+        with pytest.raises(EngineError, match="cannot resume with mixed weights"):
+            harness.run(harness.engine.resume())
