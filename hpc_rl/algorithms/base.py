@@ -1,0 +1,85 @@
+"""What a policy loss is: the tokens it gets, what it gives back, and the protocol of an algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenBatch:
+    """The trained positions of one micro-batch, flattened to N predicted tokens.
+
+    All tensors have shape [N]; position n predicts `targets[n]`. `mask` is 1.0 where token n counts.
+    `sequence` numbers the sequence that token n belongs to (0 .. num_sequences - 1). `denominator` is
+    that of the whole optimizer step, over all ranks and micro-batches, counted after every mask:
+    tokens for `token_mean`, sequences with at least one token for `sequence_mean`.
+    """
+
+    targets: Tensor
+    mask: Tensor
+    sequence: Tensor
+    num_sequences: int
+    denominator: float
+    sampler_log_probs: Tensor | None = None
+    advantages: Tensor | None = None
+
+
+@dataclass
+class LossOutput:
+    """`loss` is this micro-batch's share of the step's loss: shares add up, they are not averaged.
+
+    `sums` are totals over tokens (the trainer adds them up over micro-batches and ranks and divides
+    by the summed `tokens`), `maxima` are combined by maximum. All are detached scalars.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Algorithm(Protocol):
+    """A policy loss as a pure function; no I/O and no collectives."""
+
+    temperature: float
+    needs_entropy: bool
+
+    def loss(self, batch: TokenBatch, log_probs: Tensor, entropy: Tensor | None) -> LossOutput:
+        """The loss of trainer log-probs [N] (fp32, with graph) and, if asked for, entropies [N]."""
+        ...
+
+
+def drop_unusable(mask: Tensor, *values: Tensor | None) -> Tensor:
+    """`mask` without the tokens for which any of `values` is not finite."""
+    for value in values:
+        if value is not None:
+            mask = mask * torch.isfinite(value).to(mask.dtype)
+    return mask
+
+
+def token_weights(mask: Tensor, batch: TokenBatch, aggregation: str) -> Tensor:
+    """Each token's weight in the loss [N], so that the step's loss is sum(weight * token loss).
+
+    `token_mean`: mask / tokens of the step. `sequence_mean`: mask / (tokens of the token's sequence *
+    sequences of the step). A sequence is never split over micro-batches.
+    """
+    denominator = batch.denominator or 1.0  # 0: nothing counts, and 0 / 0 would be NaN
+    if aggregation == "token_mean":
+        return mask / denominator
+    if aggregation != "sequence_mean":
+        raise ValueError(f"unknown loss aggregation {aggregation!r}; known: token_mean, sequence_mean")
+    counts = mask.new_zeros(batch.num_sequences).index_add_(0, batch.sequence, mask)
+    return mask / (counts.clamp(min=1.0)[batch.sequence] * denominator)
+
+
+def loss_denominator(batches: list[TokenBatch], aggregation: str) -> float:
+    """The denominator of a step made of `batches`: what `TokenBatch.denominator` must hold."""
+    total = 0.0
+    for batch in batches:
+        mask = drop_unusable(batch.mask, batch.sampler_log_probs)
+        counts = mask.new_zeros(batch.num_sequences).index_add_(0, batch.sequence, mask)
+        total += float(mask.sum() if aggregation == "token_mean" else (counts > 0).sum())
+    return total
