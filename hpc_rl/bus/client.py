@@ -67,9 +67,16 @@ def _read(client: redis.Redis, stream: str, cursor: str, count: int, block: int 
 class Bus:
     """A connection to the run's Redis. Threads may share it; a forked child must connect anew."""
 
-    def __init__(self, bus_file: Path, *, reconnect_s: float = RECONNECT_S) -> None:
+    def __init__(
+        self,
+        bus_file: Path,
+        *,
+        reconnect_s: float = RECONNECT_S,
+        socket_timeout_s: float = _SOCKET_TIMEOUT_S,
+    ) -> None:
         self._file = bus_file
         self._reconnect_s = reconnect_s
+        self._socket_timeout_s = socket_timeout_s
         self._sender = secrets.token_hex(4)
         self._numbers = itertools.count(1)
         self._send_lock = threading.Lock()
@@ -78,8 +85,18 @@ class Bus:
         self._redis = self._open()
 
     @classmethod
-    def connect(cls, bus_file: Path, deadline_s: float, *, reconnect_s: float = RECONNECT_S) -> Bus:
+    def connect(
+        cls,
+        bus_file: Path,
+        deadline_s: float,
+        *,
+        reconnect_s: float = RECONNECT_S,
+        socket_timeout_s: float = _SOCKET_TIMEOUT_S,
+    ) -> Bus:
         """Wait until the bus file is there and Redis answers, at most `deadline_s`.
+
+        Later, a Redis that does not answer for `socket_timeout_s` counts as lost, and a lost one is
+        tried again for `reconnect_s`.
 
         Raises BusTimeout naming the file, BusLost naming host:port, RunError if others can read the file.
         """
@@ -88,7 +105,8 @@ class Bus:
             if time.monotonic() > deadline:
                 raise BusTimeout(f"waited {deadline_s:.0f} s for the supervisor to write {bus_file}")
             time.sleep(0.05)
-        bus = cls(bus_file, reconnect_s=max(0.0, deadline - time.monotonic()))
+        left = max(0.0, deadline - time.monotonic())
+        bus = cls(bus_file, reconnect_s=left, socket_timeout_s=socket_timeout_s)
         bus._call(lambda client: client.ping())
         bus._reconnect_s = reconnect_s
         return bus
@@ -200,7 +218,7 @@ class Bus:
             host=settings["host"],
             port=settings["port"],
             password=settings["password"],
-            socket_timeout=_SOCKET_TIMEOUT_S,
+            socket_timeout=self._socket_timeout_s,
             socket_connect_timeout=5.0,
             socket_keepalive=True,
             retry=Retry(NoBackoff(), 0),

@@ -44,3 +44,13 @@ def can_bind(address: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def route_address(other: str) -> str:
+    """This node's address on the route to address `other`. Raises NoAddress."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((other, 9))  # UDP: nothing is sent
+        except OSError as error:
+            raise NoAddress(f"{socket.gethostname()} has no route to {other}: {error}") from error
+        return str(probe.getsockname()[0])

@@ -17,7 +17,8 @@ from hpc_rl.run.paths import RunDir
 class Attempt:
     """One start of a run's job. `end` is None while it runs (or when nobody was left to write it).
 
-    `reason` is `done`, `requeue`, `stopped` (93), `cancelled` (SIGTERM), `failed` or `lost`.
+    `reason` is `done`, `requeue`, `stopped` (93), `cancelled` (SIGTERM), `preempted`
+    (SIGTERM, and the same job ran again), `failed` or `lost`.
     """
 
     attempt: int
@@ -52,6 +53,10 @@ def open_attempt(
             cause = first_cause(run, attempt.attempt)
             words = str(cause) if cause else "the supervisor ended without a word (node loss or SIGKILL)"
             close_attempt(run, attempt, exit_code=None, reason="lost", cause=words)
+        elif attempt.reason == "cancelled" and attempt.job_id == job_id and job_id is not None:
+            # scancel, requeue and preemption look alike to the job; that it runs again tells.
+            attempt.reason = "preempted"
+            jsonl.append(run.attempts, attempt.__dict__)
     number = earlier[-1].attempt + 1 if earlier else 1
     opened = Attempt(
         number, time.time(), job_id, restart_count, nodes or [], socket.gethostname(), os.getpid()

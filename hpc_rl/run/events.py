@@ -28,7 +28,6 @@ _ECHOES = (
     "socket timeout",
     "nccl",
     "buslost",
-    "step ended because",
 )
 
 

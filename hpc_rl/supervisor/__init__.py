@@ -1,0 +1,1 @@
+"""The small process that must not die: owns Redis, the controller and the role steps; signals, requeue."""

@@ -1,0 +1,9 @@
+"""The rollout of the trivial run."""
+
+import sys
+
+from trivial_role import body
+
+from hpc_rl.roles import main
+
+sys.exit(main("rollout", body))
