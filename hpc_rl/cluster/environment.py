@@ -16,37 +16,42 @@ from hpc_rl.plan.schema import Plan
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.schema import Recipe
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Names are words joined by "_": TOKENIZERS_PARALLELISM is no secret, HF_TOKEN is one.
-_SECRET_WORDS = (
-    "TOKEN TOKENS SECRET SECRETS PASSWORD PASSWD PASSPHRASE CREDENTIAL CREDENTIALS APIKEY PAT AUTH".split()
+_SECRET_WORDS = _words(
+    "TOKEN TOKENS SECRET SECRETS PASSWORD PASSWD PASSPHRASE CREDENTIAL CREDENTIALS APIKEY PAT AUTH"
 )
 _SECRET_ENDINGS = ("API_KEY", "ACCESS_KEY", "ACCESS_KEY_ID", "PRIVATE_KEY", "SECRET_KEY", "ACCOUNT_KEY")
 _CREDENTIALS_IN_URL = re.compile(r"://[^/@\s]*@")
 
 # What a job may take along from the shell that submits. Anything else goes into `cluster.variables`.
-_SUBMIT_NAMES = frozenset(
+_SUBMIT_NAMES = _words(
     """
     PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TERM PYTHONPATH VIRTUAL_ENV LD_LIBRARY_PATH CUDA_HOME
     CUDA_PATH ROCM_PATH BASH_ENV MANPATH MODULEPATH MODULEPATH_ROOT MODULESHOME MODULES_CMD LOADEDMODULES
     _LMFILES_ KRB5CCNAME SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE http_proxy https_proxy
     HTTP_PROXY HTTPS_PROXY no_proxy NO_PROXY all_proxy ALL_PROXY HF_HOME HF_ENDPOINT HF_HUB_CACHE
     HF_DATASETS_CACHE SLURM_CONF SLURM_CLUSTERS
-    """.split()
+    """
 )
-_SUBMIT_PREFIXES = (
-    "LC_ CONDA_ LMOD_ __LMOD_ _ModuleTable BASH_FUNC_ SPACK_ NCCL_ UCX_ FI_ OMP_ MKL_ TORCH_ VLLM_ WANDB_".split()
+_SUBMIT_PREFIXES = _words(
+    "LC_ CONDA_ LMOD_ __LMOD_ _ModuleTable BASH_FUNC_ SPACK_ NCCL_ UCX_ FI_ OMP_ MKL_ TORCH_ VLLM_ WANDB_"
 )
 # What srun needs to find the job. The rest of SLURM_* are defaults for srun's options, and they differ
 # between versions: steps give every option themselves.
-_STEP_SLURM = frozenset(
+_STEP_SLURM = _words(
     """
     SLURM_CONF SLURM_JOB_ID SLURM_JOBID SLURM_HET_SIZE SLURM_CLUSTERS SLURM_CLUSTER_NAME
     SLURM_WORKING_CLUSTER SLURM_STEPMGR SLURM_RESTART_COUNT
-    """.split()
+    """
 )
-_SLURM_PREFIXES = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "SLURMD_", "SLURMSTEPD_", "SUBMITIT_", "PMI_", "PMIX_")
+_SLURM_PREFIXES = _words("SLURM_ SRUN_ SBATCH_ SALLOC_ SLURMD_ SLURMSTEPD_ SUBMITIT_ PMI_ PMIX_")
 # An image brings its own; the host's break it.
-_HOST_ONLY = ("LD_LIBRARY_PATH", "LD_PRELOAD", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+_HOST_ONLY = _words("LD_LIBRARY_PATH LD_PRELOAD CUDA_HOME CUDA_PATH PYTHONPATH PYTHONHOME VIRTUAL_ENV")
 
 _CACHES = {
     "TRITON_CACHE_DIR": "triton",
@@ -62,7 +67,7 @@ _CACHES = {
 def is_secret_name(name: str) -> bool:
     """Whether a variable of this name holds a secret by convention (`HF_TOKEN`, `AWS_SECRET_ACCESS_KEY`)."""
     upper = name.upper()
-    return upper.endswith(_SECRET_ENDINGS) or not set(_SECRET_WORDS).isdisjoint(upper.split("_"))
+    return upper.endswith(_SECRET_ENDINGS) or not _SECRET_WORDS.isdisjoint(upper.split("_"))
 
 
 def submission_environment(environ: Mapping[str, str], secrets: Collection[str] = ()) -> dict[str, str]:
@@ -95,13 +100,13 @@ def step_environment(
     srun's own input variables are dropped, since every option is on its command line; so are secrets, and
     for a container (`runtime` pyxis or apptainer) the host's library and Python paths.
     """
-    dropped = set(secrets) | set(_HOST_ONLY if runtime != "none" else ())
+    dropped = set(secrets) | (_HOST_ONLY if runtime != "none" else set())
     kept = {
         name: value
         for name, value in environ.items()
         if name not in dropped
         and not is_secret_name(name)
-        and (name in _STEP_SLURM or not name.startswith(_SLURM_PREFIXES))
+        and (name in _STEP_SLURM or not name.startswith(tuple(_SLURM_PREFIXES)))
     }
     kept.update(variables)
     if runtime == "apptainer":
@@ -111,7 +116,7 @@ def step_environment(
 
 
 def role_environment(plan: Plan, site: Site, recipe: Recipe, role: str) -> dict[str, str]:
-    """The variables of a role's processes: caches on node-local disk, the Hub offline, the network, the user's.
+    """The variables of a role's processes: caches on node-local disk, the Hub offline, the network, yours.
 
     Later wins: ours, `site.variables`, `cluster.variables`, the role's own `variables`.
     Raises ValueError if a secret is written among the variables.

@@ -47,6 +47,7 @@ class Container(Section):
     images: PerRole = {}
     mounts: list[str] = []
     args: list[str] = []
+    python: str = "python3"  # the interpreter inside the images
 
 
 class Network(Section):

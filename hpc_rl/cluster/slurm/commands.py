@@ -48,7 +48,8 @@ def run_slurm(
         )
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
-            f"`{' '.join(argv)}` gave no answer within {deadline_s:g} s; is slurmctld reachable (`scontrol ping`)?"
+            f"`{' '.join(argv)}` gave no answer within {deadline_s:g} s; "
+            "is slurmctld reachable (`scontrol ping`)?"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What Slurm says about jobs, parsed: squeue, scontrol and sacct of versions 20.11 to 25.x, with or without accounting.
+"""What Slurm says about jobs, parsed: squeue, scontrol and sacct of versions 20.11 to 25.x.
 
 No `--json`: squeue, scontrol and sacct got it in different versions, and its shape changed twice.
 The formats asked for here (`squeue -o`, `scontrol -o`, `sacct -P`) have not changed in that time.
@@ -43,7 +43,7 @@ _REASONS = {
     "NodeDown": "a node it needs is down",
     "InvalidAccount": "the account is not valid here; set `cluster.policy.account`",
     "InvalidQOS": "the qos is not valid here; set `cluster.policy.qos`",
-    "launch failed requeued held": "its launch failed and Slurm holds it; see batch.log, then `scontrol release`",
+    "launch failed requeued held": "its launch failed and Slurm holds it; `scontrol release` tries again",
 }
 
 
@@ -191,7 +191,7 @@ def parse_scontrol(text: str) -> dict[str, JobState]:
 
 
 def parse_sacct(text: str) -> dict[str, JobState]:
-    """`sacct -n -P -X -o SACCT_FORMAT` as jobs by leader id; the last row of a component is its latest attempt."""
+    """`sacct -n -P -X -o SACCT_FORMAT` by leader id; the last row of a component is its latest attempt."""
     found: dict[str, dict[int, Component]] = {}
     for line in text.splitlines():
         fields = line.strip().split("|", 5)

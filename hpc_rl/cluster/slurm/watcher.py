@@ -92,7 +92,7 @@ def start_now(job_id: str | int) -> bool:
 
 
 def wait_and_start_now(job_id: str | int, deadline_s: float) -> bool:
-    """`start_now` as soon as it can take effect after a requeue; False if it runs, or after `deadline_s` s."""
+    """`start_now` as soon as it can take effect after a requeue; False if it runs or time is up."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
         if start_now(job_id):
