@@ -1,4 +1,4 @@
-"""`make quickstart`: a tiny model learns to sort digits, by SFT first and by GRPO then, in minutes on two cores.
+"""`make quickstart`: a tiny model learns to sort digits, by SFT first and then by GRPO, on two cores.
 
 It does what a user would do by hand, with the same commands: make the model and the data, `hpc-rl submit` the
 SFT recipe, submit the GRPO recipe on the weights that came out, and look at the held-out accuracy. Where

@@ -1,0 +1,27 @@
+"""One tiny model and one data set for all end-to-end tests of a session."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "model").mkdir()
+    tiny.make_model(folder / "model")
+    tiny.make_data(folder / "train.jsonl", rows=24, seed=0)
+    tiny.make_data(folder / "eval.jsonl", rows=8, seed=1)
+    return folder
+
+
+@pytest.fixture
+def workspace(tiny_assets: Path, tmp_path: Path) -> Path:
+    """A folder with `model/`, `train.jsonl` and `eval.jsonl`, for this test alone."""
+    shutil.copytree(tiny_assets, tmp_path / "w")
+    return tmp_path / "w"
