@@ -1,0 +1,51 @@
+"""What the policy room needs of a model, whatever its family: the one adapter protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """The model cannot be built or loaded as the recipe says; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class ParallelSpec:
+    """How to shard: the mesh sizes of the plan, the compute dtype, and where the shards live."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    activation_checkpointing: bool = False
+
+    @property
+    def data_parallel(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+
+class ModelAdapter(Protocol):
+    """A model of some family, sharded over the ranks of the default process group.
+
+    Building and loading are collectives: all ranks call them in the same order.
+    """
+
+    module: nn.Module
+    folder: Path
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+        """Logits [N, V] at the positions `keep` [N] of one packed row: sequences of `input_ids` [T]
+        one after the other, `position_ids` [T] starting anew at 0 with each."""
+        ...
+
+    def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """A `weights.WeightSource`: full tensors under the names of the safetensors file."""
+        ...
+
+    def num_parameters(self) -> int: ...

@@ -1,0 +1,70 @@
+"""The folder of a Hugging Face model: where it is, its config, its tokenizer, its safetensors files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from hpc_rl.models.base import ModelError
+from hpc_rl.recipe.schema import Model
+
+
+def model_folder(path: str, revision: str | None = None) -> Path:
+    """`path` itself if it is a folder, else the Hub snapshot in the local cache. Nothing is downloaded."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model {path!r} is neither a folder nor in the local Hub cache; "
+            "run `hpc-rl fetch` on a node with internet"
+        ) from error
+
+
+def load_config(folder: Path, spec: Model) -> Any:
+    """The transformers config of `folder`. Raises ModelError when there is none or it is foreign code."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except (ValueError, StrictDataclassError) as error:
+        raise ModelError(f"{folder}/config.json: {error}") from error
+
+
+def load_tokenizer(spec: Model) -> Any:
+    """The tokenizer of the recipe (`model.tokenizer`, else the model's own)."""
+    from transformers import AutoTokenizer
+
+    own = spec.tokenizer is None
+    folder = model_folder(spec.path if own else str(spec.tokenizer), spec.revision if own else None)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name in file -> file, for all safetensors of `folder` (from the headers).
+
+    Raises ModelError if there are none, with what to do about other formats.
+    """
+    names: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names.update(dict.fromkeys(file.keys(), path))
+    if not names:
+        raise ModelError(
+            f"{folder} has no *.safetensors; convert it once with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    return names

@@ -1,0 +1,203 @@
+"""Weights from safetensors into a sharded model, never the whole model in one process at once.
+
+Every rank maps the files and reads what it needs: of a tensor that is in the file as it is in memory,
+only its own rows; of one that is put together from several (experts, fused projections), these
+several, one target at a time. Names and conversions are transformers' own
+(`core_model_loading`), so whatever `from_pretrained` reads is read here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from hpc_rl.models.base import ModelError
+
+LOG = logging.getLogger("hpc_rl.models")
+
+
+class Reader:
+    """Tensors of several safetensors files by name; whole or by rows of the first dimension."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    def _file(self, name: str) -> Any:
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file(name).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._file(name).get_slice(name)[start:stop]
+
+
+def load_weights(module: Any, files: dict[str, Path], transforms: list[Any]) -> None:
+    """Fill the materialised parameters and persistent buffers of `module` from `files`.
+
+    `transforms` is `get_model_conversion_mapping` of the module before it was sharded; those that
+    matched are left on the module for the way back. Raises ModelError when a parameter is not in
+    the files or has another shape there.
+    """
+    targets: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    tied = set(module.all_tied_weights_keys)
+    plan, unexpected = _plan(module, files, transforms, targets)
+    reader = Reader(files)
+    loaded: set[str] = set()
+    with torch.no_grad():
+        for first, mapping in plan.items():
+            for name, source in _realised(module, reader, first, mapping):
+                if name in tied and name in loaded:
+                    continue
+                if name in targets:
+                    _fill(targets[name], source, name)
+                    loaded.add(name)
+    # Which names the files use (there may be several spellings) decides which names we write.
+    module._weight_conversions = [t for t in transforms if t.was_used()]
+    _check_complete(module, targets, loaded, tied)
+    ignored = "|".join(module._keys_to_ignore_on_load_unexpected or []) or r"rotary_emb\.inv_freq"
+    unexpected = [name for name in unexpected if not re.search(ignored, name)]
+    if unexpected:
+        LOG.warning("%d tensors of the files are not used: %s", len(unexpected), ", ".join(unexpected[:5]))
+
+
+def _plan(
+    module: Any, files: dict[str, Path], transforms: list[Any], targets: dict[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """First target name -> the transform that makes it, holding the names of its source tensors."""
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix = module.base_model_prefix
+    plan: dict[str, Any] = {}
+    unexpected = []
+    for key in sorted(files, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, targets)
+        if name not in targets and key in targets:
+            name, pattern = rename_source_key(key, [], [], prefix, targets)
+        if name not in targets:
+            unexpected.append(key)
+        elif pattern is None:
+            plan.setdefault(name, WeightRenaming(key, name)).add_tensor(name, key, key, key)
+        else:
+            mapping = plan.setdefault(name, deepcopy(by_pattern[pattern]))
+            mapping.add_tensor(name, key, pattern, key)
+    return plan, unexpected
+
+
+class _Source:
+    """One tensor to copy from: in the file as it is (read by rows), or made by a conversion."""
+
+    def __init__(self, reader: Reader | None = None, key: str = "", tensor: Tensor | None = None) -> None:
+        self._reader, self._key, self._tensor = reader, key, tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self._tensor is not None:
+            return tuple(self._tensor.shape)
+        assert self._reader is not None
+        return self._reader.shape(self._key)
+
+    def part(self, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+        """The block of `size` at `offset`."""
+        if not size:
+            return self._tensor if self._tensor is not None else self._reader.tensor(self._key)  # type: ignore
+        block = [slice(o, o + s) for o, s in zip(offset, size, strict=True)]
+        if self._tensor is not None:
+            return self._tensor[tuple(block)]
+        assert self._reader is not None
+        return self._reader.rows(self._key, block[0].start, block[0].stop)[(slice(None), *block[1:])]
+
+
+def _realised(module: Any, reader: Reader, first: str, mapping: Any) -> Iterator[tuple[str, _Source]]:
+    if isinstance(mapping, WeightRenaming):
+        (keys,) = mapping.collected_tensors.values()
+        yield first, _Source(reader=reader, key=keys[0])
+        return
+    for keys in mapping.collected_tensors.values():
+        keys[:] = [reader.tensor(key) for key in keys]
+    for name, value in mapping.convert(first, model=module, config=module.config).items():
+        yield name, _Source(tensor=value[0] if isinstance(value, list) else value)
+
+
+def _fill(target: Tensor, source: _Source, name: str) -> None:
+    if tuple(target.shape) != source.shape:
+        raise ModelError(
+            f"{name} is {list(source.shape)} in the files, but config.json makes it {list(target.shape)}"
+        )
+    if isinstance(target, DTensor):
+        size, offset = compute_local_shape_and_global_offset(
+            target.shape, target.device_mesh, target.placements
+        )
+        local = target.to_local()
+        if local.numel():
+            local.copy_(source.part(tuple(offset), tuple(size)))
+    else:
+        target.data.copy_(source.part((0,) * target.dim(), tuple(target.shape)))
+
+
+def _check_complete(module: Any, targets: dict[str, Tensor], loaded: set[str], tied: set[str]) -> None:
+    ignored = "|".join(module._keys_to_ignore_on_load_missing or []) or "(?!)"
+    missing = [n for n in targets if n not in loaded and n not in tied and not re.search(ignored, n)]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} tensors of {type(module).__name__} are not in the safetensors files: "
+            f"{', '.join(missing[:5])}; is this checkpoint for another architecture?"
+        )
+
+
+def materialise(module: Any, device: torch.device) -> None:
+    """Give a meta module storage on `device`: parameters empty, ties kept, computed buffers made anew.
+
+    Buffers that no file holds (rotary frequencies, embedding scales) are garbage after `to_empty`
+    and often look right. They are poisoned first and must all have been written by the model's own
+    initialisation; a buffer that was not is a ModelError.
+    """
+    module.to_empty(device=device)
+    module.tie_weights()
+    computed = dict(module.named_non_persistent_buffers())
+    with torch.no_grad():
+        for buffer in computed.values():
+            buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min)
+        owners = {name.rpartition(".")[0] for name in computed}
+        for owner in sorted(owners):
+            _owning_model(module, owner)._init_weights(module.get_submodule(owner))
+    for name, buffer in computed.items():
+        poison = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
+        if bool(poison.any()):
+            raise ModelError(f"buffer {name} of {type(module).__name__} is not made by its _init_weights")
+
+
+def _owning_model(module: Any, name: str) -> Any:
+    """The innermost pretrained model around submodule `name`: it knows how to initialise its parts."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        candidate = module.get_submodule(".".join(parts[:length]))
+        if isinstance(candidate, PreTrainedModel):
+            return candidate
+    return module

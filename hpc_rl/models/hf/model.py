@@ -1,0 +1,177 @@
+"""Any Hugging Face causal language model as a `ModelAdapter`: built on meta, sharded, then loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.hf.folder import load_config, model_folder, weight_files
+from hpc_rl.models.hf.loading import load_weights, materialise
+from hpc_rl.models.hf.sharding import layers, needs_sharding, shard
+from hpc_rl.recipe.schema import Model
+
+LOG = logging.getLogger("hpc_rl.models")
+PACKABLE = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class HfModel:
+    """The model of the recipe. `module` is the (sharded) transformers module, fp32 master weights."""
+
+    def __init__(self, module: Any, folder: Path, file_dtype: torch.dtype, sharded: bool) -> None:
+        self.module = module
+        self.folder = folder
+        self.file_dtype = file_dtype
+        self.sharded = sharded
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+        """See `ModelAdapter.logits`. Without a 2-D mask, transformers finds the sequence boundaries
+        in `position_ids` and keeps attention within them; the head runs on `keep` only."""
+        output = self.module(
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=keep,
+        )
+        return output.logits.squeeze(0)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Full tensors in the file's names and the recipe's dtype, whole layers together.
+
+        A collective when the model is sharded. Only one bucket is gathered at a time; a bucket holds
+        one layer at least, else as many as fit into `max_bytes`. Tied weights are sent once.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        bucket: list[tuple[str, Tensor]] = []
+        nbytes = 0
+        for unit in self._units():
+            size = sum(p.numel() for p in unit.values()) * self.file_dtype.itemsize
+            if bucket and nbytes + size > max_bytes:
+                yield bucket
+                bucket, nbytes = [], 0
+            gathered = {name: self._gather(p) for name, p in unit.items()}
+            bucket += list(revert_weight_conversion(self.module, gathered).items())
+            nbytes += size
+        if bucket:
+            yield bucket
+
+    def file_names(self) -> list[str]:
+        """The names that `buckets` yields, without gathering anything."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        names: list[str] = []
+        for unit in self._units():
+            empty = {name: torch.empty(p.shape, device="meta") for name, p in unit.items()}
+            names += revert_weight_conversion(self.module, empty)
+        return names
+
+    def _units(self) -> list[dict[str, Tensor]]:
+        """Parameters by layer, and those outside of layers by the module that holds them."""
+        prefixes = [f"{name}." for name, _ in layers(self.module)]
+        units: dict[str, dict[str, Tensor]] = {}
+        persistent = set(self.module.state_dict())
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        for name, value in named:
+            if name in persistent:
+                home = next((p for p in prefixes if name.startswith(p)), name.rpartition(".")[0])
+                units.setdefault(home, {})[name] = value
+        return list(units.values())
+
+    @torch.no_grad()
+    def _gather(self, value: Tensor) -> Tensor:
+        value = value.detach()
+        if value.is_floating_point():
+            value = value.to(self.file_dtype)
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def check_parallel(mesh: dict[str, int]) -> None:
+    """Raise ModelError for mesh dimensions that are not built yet, naming the key."""
+    for name in ("tp", "pp", "cp", "ep"):
+        if mesh.get(name, 1) > 1:
+            raise ModelError(
+                f"policy.parallel.{name} = {mesh[name]}: only dp_shard and dp_replicate are there yet "
+                f"({name} comes with issue B, parallelism); set it to 1"
+            )
+
+
+def build(spec: Model, parallel: ParallelSpec) -> HfModel:
+    """Build, shard and load the model of the recipe. A collective over the default process group.
+
+    The class is the one that config.json names, else AutoModelForCausalLM's. Raises ModelError.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if spec.lora is not None:
+        raise ModelError("model.lora is not there yet (it comes with issue B); remove it")
+    folder = model_folder(spec.path, spec.revision)
+    files = weight_files(folder)
+    module = _on_meta(folder, spec)
+    transforms = get_model_conversion_mapping(module)  # by class name, which sharding changes
+    if parallel.activation_checkpointing:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    sharded = needs_sharding(parallel)
+    if sharded:
+        shard(module, parallel)
+    materialise(module, parallel.device)
+    load_weights(module, files, transforms)
+    _check_ties(module)
+    module.train()
+    return HfModel(module, folder, getattr(torch, spec.dtype), sharded)
+
+
+def _on_meta(folder: Path, spec: Model) -> Any:
+    import transformers
+
+    config = load_config(folder, spec)
+    _check_packable(config)
+    _without_dropout(config)
+    attention = spec.attn_implementation or "sdpa"
+    name = (config.architectures or [""])[0]
+    known = getattr(transformers, name, None) if name else None
+    try:
+        with torch.device("meta"):
+            if known is not None and not spec.trust_remote_code:
+                return known._from_config(config, attn_implementation=attention, dtype=torch.float32)
+            return transformers.AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{folder} ({name or config.model_type}): {str(error).splitlines()[0]}") from error
+
+
+def _check_packable(config: Any) -> None:
+    """A recurrent layer would carry its state from one packed sequence into the next."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    if kinds - PACKABLE:
+        raise ModelError(
+            f"{config.model_type} has {', '.join(sorted(kinds - PACKABLE))} layers, "
+            "which leak between packed sequences; it cannot be trained yet"
+        )
+
+
+def _without_dropout(config: Any) -> None:
+    """The sampler has no dropout, so the trainer's log-probs must have none."""
+    for owner in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in owner.to_dict().items():
+            if "drop" in key and isinstance(value, float) and value > 0:
+                LOG.warning("%s %s set to 0 (config.json has %g)", owner.model_type, key, value)
+                setattr(owner, key, 0.0)
+
+
+def _check_ties(module: Any) -> None:
+    for copy, original in module.all_tied_weights_keys.items():
+        assert module.get_parameter(copy) is module.get_parameter(original), f"{copy} is not {original}"

@@ -1,0 +1,1 @@
+"""Makes helper modules of this folder (`tiny_models`, ...) importable from the tests of every room."""

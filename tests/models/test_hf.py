@@ -1,0 +1,172 @@
+"""Loading, packing, sharding and the way back to files, against transformers itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, save_model
+
+from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.hf.model import HfModel, build, check_parallel
+from hpc_rl.recipe.schema import Model
+
+pytestmark = pytest.mark.torch
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+ONE = ParallelSpec(CPU, torch.float32)
+
+
+def build_one(folder: Path | str, parallel: ParallelSpec = ONE, **options: object) -> HfModel:
+    return build(Model(path=str(folder), dtype="float32", **options), parallel)
+
+
+def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([token for sequence in sequences for token in sequence])
+    return ids, torch.cat([torch.arange(len(sequence)) for sequence in sequences])
+
+
+SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], list(range(30, 70))]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_model_loads_packs_and_goes_back_to_the_same_file(family: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / family, family)
+    reference = T.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model = build_one(folder)
+    assert type(model.module) is type(reference)
+    for name, expected in reference.state_dict().items():
+        torch.testing.assert_close(model.module.state_dict()[name], expected, rtol=0, atol=0)
+    buffers = dict(model.module.named_buffers())
+    for name, expected in reference.named_buffers():
+        torch.testing.assert_close(buffers[name], expected, rtol=0, atol=0)
+
+    # Packed log-probs are those of each sequence alone.
+    ids, positions = packed(SEQUENCES)
+    with torch.no_grad():
+        ours = model.logits(ids, positions, torch.arange(len(ids))).log_softmax(-1)
+        alone = [reference(input_ids=torch.tensor([s])).logits[0].log_softmax(-1) for s in SEQUENCES]
+    assert (ours - torch.cat(alone)).abs().max() <= 1e-5
+
+    # Back to the file: same names, same tensors, whole layers in one bucket.
+    in_file = load_file(folder / "model.safetensors")
+    buckets = list(model.buckets(max_bytes=200_000))
+    sent = [pair for bucket in buckets for pair in bucket]
+    assert sorted(name for name, _ in sent) == sorted(in_file) == sorted(model.file_names())
+    assert len(buckets) > 1
+    for name, tensor in sent:
+        torch.testing.assert_close(tensor, in_file[name], rtol=0, atol=0)
+    for layer in range(2):
+        homes = {i for i, bucket in enumerate(buckets) for name, _ in bucket if f"layers.{layer}." in name}
+        assert len(homes) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "qwen3_moe"])
+def test_no_gradient_leaks_between_packed_sequences(family: str, tmp_path: Path) -> None:
+    model = build_one(save_model(tmp_path, family))
+    embedding = model.module.get_input_embeddings()
+    seen = []
+    hook = embedding.register_forward_hook(lambda *call: seen.append(call[2]) or call[2].retain_grad())
+    ids, positions = packed(SEQUENCES)
+    second = torch.arange(7, 10)
+    model.logits(ids, positions, second).sum().backward()
+    hook.remove()
+    grad = seen[0].grad[0]
+    assert grad[7:10].abs().max() > 0
+    assert (grad[:7] == 0).all()
+    assert (grad[10:] == 0).all()
+
+
+def test_bf16_files_become_fp32_masters_and_bf16_again(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "fp32", "qwen3")
+    half = T.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "bf16")
+    model = build(Model(path=str(tmp_path / "bf16"), dtype="bfloat16"), ONE)
+    assert all(p.dtype == torch.float32 for p in model.module.parameters())
+    in_file = load_file(tmp_path / "bf16" / "model.safetensors")
+    for bucket in model.buckets(1 << 30):
+        for name, tensor in bucket:
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, in_file[name])
+
+
+def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in [
+        ({"num_hidden_layers": 3}, r"must be equal to the number of `layer_types`"),
+        ({"num_hidden_layers": 3, "layer_types": None}, "not in the safetensors files: model.layers.2"),
+        ({"intermediate_size": 256}, r"mlp.*is \[.*192.*in the files, but config.json makes it \[.*256"),
+        ({"model_type": "no_such_model", "architectures": ["X"]}, "no_such_model"),
+    ]:
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelError, match=message):
+            build_one(folder)
+    with pytest.raises(ModelError, match="hpc-rl fetch"):
+        build_one("nobody/no-such-model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+        build_one(folder)
+    with pytest.raises(ModelError, match=r"policy\.parallel\.tp = 2"):
+        check_parallel({"tp": 2})
+
+
+def test_unused_tensors_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_model(tmp_path, "qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "layer_types": None}))
+    build_one(folder)
+    assert "are not used: model.layers.1" in caplog.text
+
+
+def check_sharded(rank: int, world_size: int, folder: str, replicate: int, dtype: str) -> None:
+    compute = getattr(torch, dtype)
+    spec = ParallelSpec(CPU, compute, dp_replicate=replicate, dp_shard=world_size // replicate)
+    model = build_one(folder, spec)
+    reference = build_one(folder)
+    local = sum(p.to_local().numel() for p in model.module.parameters())
+    assert local <= reference.num_parameters() / (world_size // replicate) * 1.1
+    tied = model.module.all_tied_weights_keys
+    for copy, original in tied.items():
+        assert model.module.get_parameter(copy) is model.module.get_parameter(original)
+    ids, positions = packed(SEQUENCES)
+    keep = torch.arange(0, len(ids), 2)
+    ours, expected = (m.logits(ids, positions, keep) for m in (model, reference))
+    assert ours.dtype == compute
+    tolerance = 1e-5 if compute == torch.float32 else 5e-2
+    torch.testing.assert_close(ours.float(), expected, rtol=0, atol=tolerance)
+    ours.float().logsumexp(-1).sum().backward()
+    expected.logsumexp(-1).sum().backward()
+    grads = dict(reference.module.named_parameters())
+    for name, parameter in model.module.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        full = parameter.grad.full_tensor()
+        scale = grads[name].grad.abs().max() + 1e-6
+        assert (full - grads[name].grad).abs().max() <= (1e-4 if compute == torch.float32 else 0.1) * scale, (
+            name
+        )
+    in_file = load_file(Path(folder) / "model.safetensors")
+    sent = [pair for bucket in model.buckets(150_000) for pair in bucket]
+    assert sorted(name for name, _ in sent) == sorted(in_file)
+    assert all(torch.equal(tensor, in_file[name]) for name, tensor in sent)
+
+
+@pytest.mark.parametrize(
+    ("family", "world_size", "replicate", "dtype"),
+    [
+        ("qwen2", 2, 1, "float32"),
+        ("qwen3_moe", 2, 1, "float32"),
+        ("qwen3", 2, 1, "bfloat16"),
+        ("llama", 4, 2, "float32"),
+    ],
+)
+def test_sharded_equals_whole(
+    family: str, world_size: int, replicate: int, dtype: str, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model", family)
+    run_ranks(check_sharded, world_size, tmp_path, str(folder), replicate, dtype)
