@@ -7,7 +7,7 @@ under one folder, as root or as a normal user, beside any installed Slurm and wi
 from hpc_rl.cluster.devcluster.cluster import DevCluster, Status, default_dir
 from hpc_rl.cluster.devcluster.errors import DevClusterError, MissingPackages
 from hpc_rl.cluster.devcluster.packages import missing_packages
-from hpc_rl.cluster.devcluster.spec import PartitionSpec, ProfileSpec, default_spec, parse_partition
+from hpc_rl.cluster.devcluster.spec import PartitionSpec, ProfileSpec, default_spec, parse_partition, spec_of
 
 __all__ = [
     "DevCluster",
@@ -20,4 +20,5 @@ __all__ = [
     "default_spec",
     "missing_packages",
     "parse_partition",
+    "spec_of",
 ]

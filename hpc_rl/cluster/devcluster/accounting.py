@@ -9,14 +9,13 @@ from hpc_rl.cluster.devcluster.spec import ProfileSpec
 
 
 def install_db(programs: Mapping[str, str], layout: Layout) -> list[str]:
-    """Make the system tables. `normal` authentication gives the user an account without a password: the socket
+    """Make the system tables. `normal` authentication gives its root an empty password: the socket
     lies in a 0700 folder and there is no TCP port."""
     return [
         programs["mariadb-install-db"],
         "--no-defaults",
         f"--datadir={layout.mysql_data}",
         "--auth-root-authentication-method=normal",
-        f"--auth-root-socket-user={layout.user}",
         "--skip-test-db",
         "--skip-name-resolve",
         f"--user={layout.user}",
@@ -50,7 +49,13 @@ def mariadbd(programs: Mapping[str, str], layout: Layout) -> list[str]:
 
 
 def ping(programs: Mapping[str, str], layout: Layout) -> list[str]:
-    return [programs["mariadb-admin"], "--no-defaults", f"--socket={layout.mysql_socket}", "--user=root", "ping"]
+    return [
+        programs["mariadb-admin"],
+        "--no-defaults",
+        f"--socket={layout.mysql_socket}",
+        "--user=root",
+        "ping",
+    ]
 
 
 def registrations(programs: Mapping[str, str], layout: Layout, spec: ProfileSpec) -> list[list[str]]:

@@ -6,6 +6,7 @@ run in the foreground as recorded processes (`state.json`), so no pid file is tr
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import secrets
@@ -25,13 +26,14 @@ from hpc_rl.cluster.devcluster.processes import ProcessRecord
 from hpc_rl.cluster.devcluster.spec import ProfileSpec, default_spec
 from hpc_rl.cluster.devcluster.state import FILE, State
 
+_log = logging.getLogger(__name__)
 _MARK = "HPC_RL_DEVCLUSTER_TOKEN"  # in the daemons' environment only: how `down` finds their children
 _LONGEST_ROOT = 80  # munge's and MariaDB's sockets must fit into a sockaddr_un (108 bytes)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What `status` shows. `state` is up, broken (some daemon gone) or down; `nodes` maps name to Slurm's state."""
+    """What `status` shows. `state` is up, broken (some daemon gone), down or none (no such folder); `nodes` maps name to Slurm's state."""
 
     dir: Path
     state: str
@@ -66,8 +68,13 @@ class DevCluster:
 
     @property
     def site_profile(self) -> Path:
-        """The YAML to give to `--site`."""
-        return self.root / f"{profile.NAME}.yaml"
+        """The YAML to give to `--site`: CPU runs."""
+        return self.root / f"{profile.CPU}.yaml"
+
+    @property
+    def gpu_site_profile(self) -> Path | None:
+        """The profile that asks for the fake GPUs; None where the policy or the rollout nodes have none."""
+        return self.root / f"{profile.GPU}.yaml" if profile.has_gpus(self.spec) else None
 
     def run(
         self,
@@ -78,16 +85,19 @@ class DevCluster:
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a Slurm command against this cluster with a scrubbed environment; raises with its stderr."""
-        result = subprocess.run(
-            list(argv),
-            env={**_clean_environ(), **(env or {}), **self.env},
-            cwd=cwd,
-            text=True,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=timeout_s,
-            check=False,
-        )
+        try:
+            result = subprocess.run(
+                list(argv),
+                env={**_clean_environ(), **(env or {}), **self.env},
+                cwd=cwd,
+                text=True,
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise DevClusterError(f"{' '.join(argv)} did not answer within {timeout_s:.0f} s") from None
         if check and result.returncode != 0:
             raise DevClusterError(f"{' '.join(argv)} failed ({result.returncode}): {result.stderr.strip()}")
         return result
@@ -126,7 +136,9 @@ class DevCluster:
                 "most); choose a shorter --dir"
             )
         if any(c.isspace() or c in "#,=\\\"'%[]" for c in str(self.root)):
-            raise DevClusterError(f"{self.root}: Slurm's configuration cannot hold this path; choose a plain --dir")
+            raise DevClusterError(
+                f"{self.root}: Slurm's configuration cannot hold this path; choose a plain --dir"
+            )
         if self._state is not None:
             if any(record.alive() for record in self._state.processes):
                 raise DevClusterError(f"a devcluster is up in {self.root}; `hpc-rl devcluster down` ends it")
@@ -171,7 +183,12 @@ class DevCluster:
                 f"user id {os.geteuid()} has no name in /etc/passwd; Slurm needs one for SlurmUser"
             ) from None
         return config.Layout(
-            self.root, socket.gethostname().split(".")[0], user, state.ctld_port, state.node_ports, state.dbd_port
+            self.root,
+            socket.gethostname().split(".")[0],
+            user,
+            state.ctld_port,
+            state.node_ports,
+            state.dbd_port,
         )
 
     def _start_all(self, state: State, programs: Mapping[str, str], deadline: float) -> None:
@@ -227,7 +244,9 @@ class DevCluster:
 
     def _up_state(self) -> State:
         if self._state is None:
-            raise DevClusterError(f"no devcluster in {self.root}; `hpc-rl devcluster up --dir {self.root}` starts one")
+            raise DevClusterError(
+                f"no devcluster in {self.root}; `hpc-rl devcluster up --dir {self.root}` starts one"
+            )
         return self._state
 
     # ---- status ---------------------------------------------------------------------------------------------
@@ -236,7 +255,7 @@ class DevCluster:
         """Daemons by recorded pid, nodes and jobs as Slurm tells them (empty when slurmctld does not answer)."""
         state = self._state
         if state is None:
-            return Status(self.root, "down", {}, {}, 0)
+            return Status(self.root, "none", {}, {}, 0)
         daemons = {record.name: record.alive() for record in state.processes}
         nodes: dict[str, str] = {}
         jobs = 0
@@ -288,7 +307,9 @@ class DevCluster:
         daemons = list(state.processes)
         left = processes.stop([d for d in daemons if d.name.startswith(("slurmd-", "slurmctld"))], term_s=3)
         left += processes.stop(self._stragglers(state), term_s=0)
-        left += processes.stop([d for d in daemons if not d.name.startswith(("slurmd-", "slurmctld"))], term_s=5)
+        left += processes.stop(
+            [d for d in daemons if not d.name.startswith(("slurmd-", "slurmctld"))], term_s=5
+        )
         for child in self._children:
             child.poll()
         if left:
@@ -298,14 +319,17 @@ class DevCluster:
 
     def _cancel_jobs(self) -> None:
         """Ask Slurm to end every job and give it KillWait and a little; the stragglers are killed later."""
-        for word in ("PENDING", "SUSPENDED", "RUNNING"):
-            self.run("scancel", "--quiet", f"--state={word}", check=False)
         deadline = time.monotonic() + self.spec.kill_wait_s + 3
-        while time.monotonic() < deadline:
-            queue = self.run("squeue", "--noheader", "--format=%i", check=False)
-            if queue.returncode != 0 or not queue.stdout.strip():
-                return
-            time.sleep(0.1)
+        try:
+            for word in ("PENDING", "SUSPENDED", "RUNNING"):
+                self.run("scancel", "--quiet", f"--state={word}", timeout_s=5)
+            while (
+                time.monotonic() < deadline and self.run("squeue", "--noheader", timeout_s=5).stdout.strip()
+            ):
+                time.sleep(0.1)
+        except DevClusterError as error:
+            # Not worth more than a word: whatever still runs is killed next.
+            _log.warning("devcluster: jobs could not be cancelled: %s", error)
 
     def _stragglers(self, state: State) -> list[ProcessRecord]:
         """slurmstepds (they carry the daemons' mark) and tasks of this cluster's jobs that outlived their step.

@@ -163,6 +163,8 @@ def _partition_line(spec: ProfileSpec, part: PartitionSpec) -> str:
         f"PartitionName={part.name} Nodes={','.join(spec.nodes_of(part))} Default={default} MaxTime={limit} "
         f"PriorityTier={part.priority_tier} DefMemPerCPU={max(1, part.memory_mb // part.cpus)} State=UP"
     )
+    if part.grace_s:
+        line += f" GraceTime={part.grace_s}"
     tiers = [p.priority_tier for p in spec.partitions]
     if max(tiers) > min(tiers) and part.priority_tier == max(tiers):
         line += " PreemptMode=OFF"
@@ -193,7 +195,7 @@ def slurmdbd_conf(layout: Layout) -> str:
             f"PidFile={layout.root / 'run' / 'slurmdbd.pid'}",
             "StorageType=accounting_storage/mysql",
             "StorageHost=localhost",
-            f"StorageUser={layout.user}",
+            "StorageUser=root",  # the database's root: no password, reachable through a private socket only
             "StorageLoc=devcluster",
             "DebugLevel=info",
             "",

@@ -12,7 +12,19 @@ from pathlib import Path
 
 from hpc_rl.cluster.devcluster.errors import DevClusterError
 
-_PREFERRED = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "console", "kmsg", "fuse", "loop-control")
+_PREFERRED = (
+    "null",
+    "zero",
+    "full",
+    "random",
+    "urandom",
+    "tty",
+    "ptmx",
+    "console",
+    "kmsg",
+    "fuse",
+    "loop-control",
+)
 
 
 def fake_gpus(folder: Path, count: int) -> list[str]:

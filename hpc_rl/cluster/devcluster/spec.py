@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hpc_rl.cluster.devcluster.errors import DevClusterError
@@ -22,7 +22,8 @@ class PartitionSpec:
     """One partition and the nodes it brings: `NAME1..NAMEn`, or `NODE_PREFIX1..n` when `node_prefix` is set.
 
     `over` names partitions whose nodes belong to this one as well (with `nodes=0`: only those); with a higher
-    `priority_tier` its jobs preempt (requeue) the jobs of the others. `memory_mb` and `cpus` are per node.
+    `priority_tier` its jobs preempt (requeue) the jobs of the others, which get `grace_s` (GraceTime) between the
+    warning signal and the end. `memory_mb`, `cpus` and `gpus` are per node.
     """
 
     name: str
@@ -35,6 +36,7 @@ class PartitionSpec:
     node_prefix: str | None = None
     over: tuple[str, ...] = ()
     priority_tier: int = 1
+    grace_s: int = 0
     max_minutes: int | None = None
     default: bool = False
 
@@ -91,6 +93,10 @@ class ProfileSpec:
             nodes += [node for node in self.nodes_of(self.partition(name)) if node not in nodes]
         return nodes
 
+    def node_partition(self, part: PartitionSpec) -> PartitionSpec:
+        """The partition that describes the nodes of `part`: itself, or (with no nodes of its own) one it lies over."""
+        return part if part.nodes else self.node_partition(self.partition(part.over[0]))
+
     def partition_of(self, role: str) -> str:
         """The partition of a role: as set, else the one of the same name, else (controller) a CPU one, else the first."""
         if role in self.roles:
@@ -118,18 +124,28 @@ class ProfileSpec:
 def _check_partition(part: PartitionSpec, names: Sequence[str]) -> None:
     for name in (part.name, part.node_prefix or part.name):
         if not _NAME.match(name):
-            raise DevClusterError(f"partition or node name {name!r}: letters, digits, - and _, starting with a letter")
+            raise DevClusterError(
+                f"partition or node name {name!r}: letters, digits, - and _, starting with a letter"
+            )
     unknown = [name for name in part.over if name not in names or name == part.name]
     if unknown:
         raise DevClusterError(f"partition {part.name} lies over unknown partition {', '.join(unknown)}")
     if part.nodes < 0 or (part.nodes == 0 and not part.over):
         raise DevClusterError(f"partition {part.name} has no nodes")
     if part.cpus < 1 or part.memory_mb < 1 or part.gpus < 0:
-        raise DevClusterError(f"partition {part.name}: cpus and memory_mb must be at least 1, gpus at least 0")
+        raise DevClusterError(
+            f"partition {part.name}: cpus and memory_mb must be at least 1, gpus at least 0"
+        )
 
 
 def default_spec(
-    *, policy: int = 2, rollout: int = 2, cpu: int = 1, gpus: int = 4, accounting: bool = False, urgent: bool = False
+    *,
+    policy: int = 2,
+    rollout: int = 2,
+    cpu: int = 1,
+    gpus: int = 4,
+    accounting: bool = False,
+    urgent: bool = False,
 ) -> ProfileSpec:
     """The layout of `hpc-rl devcluster up`: partitions policy, rollout and cpu, `gpus` per policy and rollout node.
 
@@ -137,10 +153,16 @@ def default_spec(
     """
     wanted = [("policy", policy, gpus), ("rollout", rollout, gpus), ("cpu", cpu, 0)]
     parts = [
-        PartitionSpec(name, nodes=nodes, gpus=gpus_here, features=(name,), default=index == 0)
-        for index, (name, nodes, gpus_here) in enumerate(wanted)
-        if nodes > 0
+        PartitionSpec(name, nodes, gpus=here, features=(name,)) for name, nodes, here in wanted if nodes > 0
     ]
+    return spec_of(parts, accounting=accounting, urgent=urgent)
+
+
+def spec_of(parts: Sequence[PartitionSpec], *, accounting: bool = False, urgent: bool = False) -> ProfileSpec:
+    """A layout of these partitions. The first is the default one unless another says so."""
+    parts = list(parts)
+    if parts and not any(part.default for part in parts):
+        parts[0] = replace(parts[0], default=True)
     if urgent:
         parts.append(PartitionSpec("urgent", nodes=0, over=tuple(p.name for p in parts), priority_tier=10))
     return ProfileSpec(partitions=tuple(parts), accounting=accounting)
@@ -150,5 +172,7 @@ def parse_partition(text: str) -> PartitionSpec:
     """`NAME:NODES[:GPUS]`, the form of `--partition` on the command line."""
     fields = text.split(":")
     if not 2 <= len(fields) <= 3 or not all(f.isdigit() for f in fields[1:]):
-        raise DevClusterError(f"--partition {text}: expected NAME:NODES or NAME:NODES:GPUS, for example policy:2:4")
+        raise DevClusterError(
+            f"--partition {text}: expected NAME:NODES or NAME:NODES:GPUS, for example policy:2:4"
+        )
     return PartitionSpec(fields[0], nodes=int(fields[1]), gpus=int(fields[2]) if len(fields) == 3 else 0)
