@@ -34,13 +34,15 @@ def site_files(config_dir: Path | None = None) -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def load_site(name: str = "auto", *, config_dir: Path | None = None) -> Site:
+def load_site(name: str = "auto", *, placement: str | None = None, config_dir: Path | None = None) -> Site:
     """The profile called `name`, at the path `name`, or of the cluster we are on (`auto`).
+
+    With the recipe's `placement: local`, `auto` is this machine whatever cluster it belongs to.
 
     Raises RecipeError with file, line and key for a bad profile, or listing the names there are.
     """
     if name == "auto":
-        name = detect_site(config_dir=config_dir)
+        name = "local" if placement == "local" else detect_site(config_dir=config_dir)
     looks_like_path = "/" in name or name.endswith((".yaml", ".yml"))
     if looks_like_path:
         return read_site(Path(name).expanduser())

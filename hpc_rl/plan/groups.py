@@ -45,8 +45,8 @@ class Sizer:
     def __post_init__(self) -> None:
         self.recipe = self.loaded.recipe
         gpus = self.site.gpus.per_node
-        if self.placement == "local" and gpus is None:
-            gpus = gpus_here()
+        if self.placement == "local" and (gpus is None or self.site.placement != "local"):
+            gpus = gpus_here()  # a cluster's profile tells nothing about this machine
         self.site_gpus = gpus or 0
         self.site_cpus = cpus_here() if self.placement == "local" else self.site.cpus.per_node
 

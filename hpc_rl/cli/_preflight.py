@@ -1,0 +1,59 @@
+"""The whole preflight ladder, for `check` and `submit`: the machine, then the data set's rows."""
+
+from __future__ import annotations
+
+from hpc_rl.cluster.findings import Finding, PreflightError
+from hpc_rl.cluster.preflight import machine_findings
+from hpc_rl.plan.schema import Plan
+from hpc_rl.plan.site import Site
+from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.schema import DatasetSpec, Recipe
+
+ROWS_CHECKED = 100
+
+
+def preflight(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:
+    """Everything that was found, errors first. Nothing is written but one short-lived file."""
+    findings = machine_findings(loaded, site, plan, recipe)
+    findings += data_findings(loaded, site)
+    rank = {"error": 0, "warning": 1, "ok": 2}
+    return sorted(findings, key=lambda finding: rank[finding.level])
+
+
+def require(findings: list[Finding]) -> None:
+    """Raise PreflightError if any finding is an error."""
+    if any(finding.level == "error" for finding in findings):
+        raise PreflightError(findings)
+
+
+def data_findings(loaded: LoadedRecipe, site: Site) -> list[Finding]:
+    """The data sets are here, and the first rows have the columns that the recipe names."""
+    data = loaded.recipe.data
+    findings = _rows(loaded, site, data.train, "train", sft=loaded.recipe.kind == "sft")
+    if data.eval is not None:
+        findings += _rows(loaded, site, data.eval, "eval", sft=loaded.recipe.kind == "sft")
+    return findings
+
+
+def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, *, sft: bool) -> list[Finding]:
+    from hpc_rl.data.errors import DataError
+    from hpc_rl.data.rows import check_rows, load_rows
+
+    where = f"{loaded.where('data', which)}: data.{which}"
+    _use_cache(site)
+    try:
+        rows = load_rows(spec)
+        check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED)
+    except DataError as error:
+        return [Finding("error", where, str(error))]
+    return [Finding("ok", where, f"{len(rows)} rows of {rows.name}")]
+
+
+def _use_cache(site: Site) -> None:
+    """Look where the job will look: the site's cache, offline. Works until huggingface_hub is imported."""
+    import os
+
+    if site.paths.hf_home is not None:
+        os.environ["HF_HOME"] = site.paths.hf_home
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
