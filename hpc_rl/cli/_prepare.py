@@ -1,4 +1,4 @@
-"""From a recipe to a run directory: load, plan, write; the part that submit, check, render and resume share."""
+"""From a recipe to a run directory: load, plan, write. Shared by submit, check, render and resume."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prepare(
     """
     words = [*overrides, f"cluster.site={site}"] if site else list(overrides)
     loaded = load_recipe(path, words)
-    chosen = profile or load_site(loaded.recipe.cluster.site)
+    chosen = profile or load_site(loaded.recipe.cluster.site, placement=loaded.recipe.cluster.placement)
     plan = make_plan(loaded, chosen)
     return Prepared(loaded, chosen, plan, resolve_recipe(loaded, chosen, plan))
 
