@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class HetJob:
-    """Two components (policy with 2 tasks on 2 nodes, rollout with 1), each one step; see job_supervisor.py."""
+    """Two components (policy: 2 tasks on 2 nodes, rollout: 1), each one step; see job_supervisor.py."""
 
     def __init__(self, cluster: DevCluster, folder: Path, *, python: str = sys.executable) -> None:
         self.cluster, self.folder, self.python = cluster, folder, python
@@ -44,7 +44,7 @@ class HetJob:
             f"#SBATCH --partition=rollout --nodes=1 --ntasks=1 --cpus-per-task=1 --mem=1G {common}",
             *(f"#SBATCH {option}" for option in options),
             "#SBATCH --job-name=t:rollout",
-            f"{'exec ' if exec_python else ''}{self.python} -u {HERE / 'job_supervisor.py'} {self.folder} '{settings}'",
+            f"{'exec ' if exec_python else ''}{self.python} -u {HERE}/job_supervisor.py {self.folder} '{settings}'",
             *([] if exec_python else ["code=$?", "echo python ended with $code", "exit $code"]),
         ]
         script = self.folder / "job.sbatch"

@@ -1,6 +1,6 @@
 """The batch step of the test job: a small supervisor with one `srun --het-group` client per component.
 
-usage: job_supervisor.py FOLDER OPTIONS_JSON. It records every signal and exit as a line of FOLDER/events.jsonl.
+usage: job_supervisor.py FOLDER OPTIONS_JSON. Every signal and exit becomes a line of FOLDER/events.jsonl.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """One task of a step of the test job: records its start and every signal, beats ten times a second.
 
-usage: job_task.py FOLDER GROUP [obedient]. An obedient task ends at SIGTERM; any ends when FOLDER/task<GROUP> holds an exit code.
+usage: job_task.py FOLDER GROUP [obedient]. An obedient task ends at SIGTERM; any task ends when
+FOLDER/task<GROUP> holds an exit code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A private real Slurm on this machine, for tests and for trying a recipe before it is queued anywhere.
 
-`DevCluster(dir, spec)` starts munged, slurmctld and one slurmd per fake node (optionally slurmdbd and MariaDB)
-under one folder, as root or as a normal user, beside any installed Slurm and without touching it.
+`DevCluster(dir, spec)` starts munged, slurmctld and one slurmd per fake node (optionally slurmdbd and
+MariaDB) under one folder, as root or as a normal user, beside any installed Slurm and without touching it.
 """
 
 from hpc_rl.cluster.devcluster.cluster import DevCluster, Status, default_dir

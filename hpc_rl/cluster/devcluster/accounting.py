@@ -59,7 +59,7 @@ def ping(programs: Mapping[str, str], layout: Layout) -> list[str]:
 
 
 def registrations(programs: Mapping[str, str], layout: Layout, spec: ProfileSpec) -> list[list[str]]:
-    """sacctmgr commands: the cluster itself (slurmctld refuses to start without), then accounts, QOS, the user."""
+    """sacctmgr commands: the cluster (slurmctld refuses to start without), then accounts, QOS, the user."""
     sacctmgr = [programs["sacctmgr"], "--immediate", "--quiet", "add"]
     commands = [[*sacctmgr, "cluster", CLUSTER_NAME]]
     if spec.qos:

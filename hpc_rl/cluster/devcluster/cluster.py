@@ -33,7 +33,9 @@ _LONGEST_ROOT = 80  # munge's and MariaDB's sockets must fit into a sockaddr_un 
 
 @dataclass(frozen=True)
 class Status:
-    """What `status` shows. `state` is up, broken (some daemon gone), down or none (no such folder); `nodes` maps name to Slurm's state."""
+    """What `status` shows. `state` is up, broken (some daemon gone), down or none (there is none here);
+    `nodes` maps name to Slurm's state.
+    """
 
     dir: Path
     state: str
@@ -59,7 +61,7 @@ class DevCluster:
         self.spec = spec or (self._state.spec if self._state else default_spec())
         self._children: list[subprocess.Popen[bytes]] = []
 
-    # ---- what a user of the cluster needs ------------------------------------------------------------------
+    # ---- what a user of the cluster needs --------------------------------------------------
 
     @property
     def env(self) -> dict[str, str]:
@@ -110,7 +112,7 @@ class DevCluster:
     ) -> None:
         self.down()
 
-    # ---- up -----------------------------------------------------------------------------------------------
+    # ---- up --------------------------------------------------
 
     def up(self, timeout_s: float = 60.0) -> DevCluster:
         """Start everything and wait until all nodes are idle. On failure nothing is left behind.
@@ -132,8 +134,8 @@ class DevCluster:
         """Refuse to start in a folder that is in use or holds other files; clear one that a crash left."""
         if len(str(self.root)) > _LONGEST_ROOT:
             raise DevClusterError(
-                f"{self.root} is too long for a Unix socket ({len(str(self.root))} characters, {_LONGEST_ROOT} at "
-                "most); choose a shorter --dir"
+                f"{self.root} is too long for a Unix socket ({len(str(self.root))} characters, "
+                f"{_LONGEST_ROOT} at most); choose a shorter --dir"
             )
         if any(c.isspace() or c in "#,=\\\"'%[]" for c in str(self.root)):
             raise DevClusterError(
@@ -228,10 +230,10 @@ class DevCluster:
         state.commands[name] = list(argv)
         state.save(self.root)
 
-    # ---- daemons one by one (faults for tests) ----------------------------------------------------------------
+    # ---- daemons one by one (faults for tests) --------------------------------------------------
 
     def stop_daemon(self, name: str, *, term_s: float = 0.0) -> None:
-        """End one daemon (`slurmd-NODE`, `slurmctld`, ...): by SIGKILL at once, or after `term_s` of SIGTERM."""
+        """End one daemon (`slurmd-NODE`, `slurmctld`, ...): by SIGKILL, or first `term_s` of SIGTERM."""
         if processes.stop([self._up_state().record(name)], term_s=term_s):
             raise DevClusterError(f"{name} does not end")
 
@@ -249,10 +251,10 @@ class DevCluster:
             )
         return self._state
 
-    # ---- status ---------------------------------------------------------------------------------------------
+    # ---- status --------------------------------------------------
 
     def status(self) -> Status:
-        """Daemons by recorded pid, nodes and jobs as Slurm tells them (empty when slurmctld does not answer)."""
+        """Daemons by recorded pid; nodes and jobs as Slurm tells them (none when it does not answer)."""
         state = self._state
         if state is None:
             return Status(self.root, "none", {}, {}, 0)
@@ -294,7 +296,7 @@ class DevCluster:
             raise DevClusterError(f"{dead[0].name} ended: {self._log(dead[0].name)}")
         return self.run(*argv, check=False).returncode == 0
 
-    # ---- down -----------------------------------------------------------------------------------------------
+    # ---- down --------------------------------------------------
 
     def down(self) -> None:
         """End the jobs, then the daemons, then what they left running; remove the folder. Idempotent."""
@@ -332,7 +334,7 @@ class DevCluster:
             _log.warning("devcluster: jobs could not be cancelled: %s", error)
 
     def _stragglers(self, state: State) -> list[ProcessRecord]:
-        """slurmstepds (they carry the daemons' mark) and tasks of this cluster's jobs that outlived their step.
+        """slurmstepds (they carry the daemons' mark) and what this cluster's jobs left running.
 
         A shell of the user's that merely has SLURM_CONF set has neither the mark nor a SLURMD_NODENAME.
         """

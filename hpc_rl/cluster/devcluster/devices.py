@@ -1,7 +1,7 @@
-"""Fake GPUs: character devices that Slurm's gres/gpu accepts as `File=`, so that it hands out device numbers.
+"""Fake GPUs: character devices that gres/gpu accepts as `File=`, so that Slurm hands out device numbers.
 
-Slurm refuses plain files. Root makes its own nodes (clones of /dev/null). A normal user, or root in a container
-without CAP_MKNOD, borrows character devices that exist everywhere; Slurm only stats them.
+Slurm refuses plain files. Root makes its own nodes (clones of /dev/null). A normal user, or root in a
+container without CAP_MKNOD, borrows character devices that exist everywhere; Slurm only stats them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def fake_gpus(folder: Path, count: int) -> list[str]:
     borrowed = _existing_devices()
     if len(borrowed) < count:
         raise DevClusterError(
-            f"{count} fake GPUs per node asked for, but only {len(borrowed)} character devices in /dev can serve "
-            f"as one ({', '.join(borrowed)}); ask for fewer GPUs, or run as root"
+            f"{count} fake GPUs per node asked for, but only {len(borrowed)} character devices in /dev "
+            f"can serve as one ({', '.join(borrowed)}); ask for fewer GPUs, or run as root"
         )
     return borrowed[:count]
 

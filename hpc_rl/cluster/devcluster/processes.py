@@ -1,8 +1,8 @@
-"""Daemons as recorded processes: started in their own session, ended only when they are provably still themselves.
+"""Daemons as recorded processes: each in a session of its own, ended only when it is provably still itself.
 
-A pid alone proves nothing after a reboot or a wrap-around, so each record holds the process's start time (clock
-ticks since boot, field 22 of /proc/PID/stat), which together with the pid names one process for ever. Signals go
-through a pidfd opened before that check, so that they cannot hit a successor.
+A pid alone proves nothing after a wrap-around, so each record holds the process's start time (clock ticks since
+boot, field 22 of /proc/PID/stat), which together with the pid names one process until the next boot. Signals
+go through a pidfd opened before that check, so that they cannot hit a successor.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def reap(records: Iterable[ProcessRecord]) -> None:
 
 
 def processes_with(variables: Mapping[str, str]) -> list[ProcessRecord]:
-    """Live processes of which the *initial* environment holds all of `variables`; unreadable ones are skipped."""
+    """Live processes whose *initial* environment holds all of `variables`; unreadable ones are skipped."""
     wanted = {f"{key}={value}".encode() for key, value in variables.items()}
     found = []
     for entry in Path("/proc").iterdir():

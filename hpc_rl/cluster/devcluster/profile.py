@@ -1,7 +1,7 @@
 """The site profiles of a devcluster: the YAML files that `--site` reads, written by `up`.
 
-`devcluster.yaml` makes CPU runs, which really run here. `devcluster-gpu.yaml` asks Slurm for the fake GPUs: for
-plans, scripts and steps that must look as on a GPU cluster; a role that opens its GPU finds none.
+`devcluster.yaml` makes CPU runs, which really run here. `devcluster-gpu.yaml` asks Slurm for the fake GPUs:
+for plans, scripts and steps that must look as on a GPU cluster; a role that opens its GPU finds none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROLES = ("controller", "policy", "rollout")
 def site_profile(spec: ProfileSpec, *, gpus: bool = False) -> dict[str, Any]:
     """A profile as data. All nodes are this machine, so the network is the loopback interface.
 
-    The CPU profile gives a node no more CPUs than the machine has: role processes size their thread pools by them.
+    The CPU profile gives a node no more CPUs than the machine has: roles size their thread pools by them.
     """
     partitions = {role: spec.partition_of(role) for role in _ROLES}
     parts = [spec.partition(partitions[role]) for role in ("policy", "rollout")]

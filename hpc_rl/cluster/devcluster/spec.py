@@ -21,9 +21,9 @@ ROLES = ("policy", "rollout", "controller")
 class PartitionSpec:
     """One partition and the nodes it brings: `NAME1..NAMEn`, or `NODE_PREFIX1..n` when `node_prefix` is set.
 
-    `over` names partitions whose nodes belong to this one as well (with `nodes=0`: only those); with a higher
-    `priority_tier` its jobs preempt (requeue) the jobs of the others, which get `grace_s` (GraceTime) between the
-    warning signal and the end. `memory_mb`, `cpus` and `gpus` are per node.
+    `over` names partitions whose nodes belong to this one as well (with `nodes=0`: only those). Jobs of a higher
+    `priority_tier` preempt (requeue) those of a lower one, which have their own partition's `grace_s`
+    (GraceTime) between the warning signal and the end. `memory_mb`, `cpus` and `gpus` are per node.
     """
 
     name: str
@@ -78,7 +78,8 @@ class ProfileSpec:
         for role, partition in self.roles.items():
             if role not in ROLES or partition not in names:
                 raise DevClusterError(
-                    f"role {role}: {partition}: roles are {', '.join(ROLES)}; partitions are {', '.join(names)}"
+                    f"role {role}: {partition}: roles are {', '.join(ROLES)}; "
+                    f"partitions are {', '.join(names)}"
                 )
         if (self.accounts or self.qos) and not self.accounting:
             raise DevClusterError("accounts and qos need accounting=True (slurmdbd keeps them)")
@@ -94,11 +95,11 @@ class ProfileSpec:
         return nodes
 
     def node_partition(self, part: PartitionSpec) -> PartitionSpec:
-        """The partition that describes the nodes of `part`: itself, or (with no nodes of its own) one it lies over."""
+        """The partition that describes the nodes of `part`: itself, or one it lies over."""
         return part if part.nodes else self.node_partition(self.partition(part.over[0]))
 
     def partition_of(self, role: str) -> str:
-        """The partition of a role: as set, else the one of the same name, else (controller) a CPU one, else the first."""
+        """As set, else the partition of the same name, else (controller) one without GPUs, else the first."""
         if role in self.roles:
             return self.roles[role]
         names = [part.name for part in self.partitions]
@@ -113,12 +114,14 @@ class ProfileSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ProfileSpec:
         """The inverse of `to_json`. Lists become tuples again."""
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        values["partitions"] = tuple(
-            PartitionSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in part.items()})
-            for part in data["partitions"]
-        )
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        values["partitions"] = tuple(_partition_from_json(part) for part in data["partitions"])
         return cls(**values)
+
+
+def _partition_from_json(data: Mapping[str, Any]) -> PartitionSpec:
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+    return PartitionSpec(**values)
 
 
 def _check_partition(part: PartitionSpec, names: Sequence[str]) -> None:
@@ -147,9 +150,9 @@ def default_spec(
     accounting: bool = False,
     urgent: bool = False,
 ) -> ProfileSpec:
-    """The layout of `hpc-rl devcluster up`: partitions policy, rollout and cpu, `gpus` per policy and rollout node.
+    """The layout of `hpc-rl devcluster up`: partitions policy, rollout and cpu.
 
-    With `urgent`, a partition of that name lies over all nodes with a higher tier, to try preemption.
+    `gpus` are per policy and rollout node. With `urgent`, a partition of that name lies over all nodes with a higher tier, to try preemption.
     """
     wanted = [("policy", policy, gpus), ("rollout", rollout, gpus), ("cpu", cpu, 0)]
     parts = [

@@ -1,4 +1,4 @@
-"""The state file: what `up` started, so that `down` and `status` work from any process, also after a crash."""
+"""The state file: what `up` started, so that `down` and `status` work from any process, even after a crash."""
 
 from __future__ import annotations
 
