@@ -66,9 +66,9 @@ def follow(run: RunDir) -> int:
     try:
         status = watch(run, lambda status: status.state in ENDED)
     except KeyboardInterrupt:
-        note(
-            f"detached; the run goes on. Follow it with: hpc-rl logs {run.root} -f   end it with: hpc-rl cancel {run.root}"
-        )
+        note("detached; the run goes on")
+        note(f"follow it: hpc-rl logs {run.root} -f")
+        note(f"end it:    hpc-rl cancel {run.root}")
         return 0
     show_end(run, status)
     return exit_code(run, status)

@@ -80,7 +80,7 @@ def _save_and_stop(run: RunDir, timeout: float) -> None:
         return
     if status.state not in ENDED:
         raise UserError(
-            f"the run has not stopped within {timeout:.0f} s (it is at step {status.step}); the request stands. "
+            f"the run has not stopped within {timeout:.0f} s (at step {status.step}); the request stands. "
             f"Without saving: hpc-rl cancel {run.root}"
         )
     saved = f"checkpoint of step {status.checkpoint}" if status.checkpoint is not None else "no checkpoint"
@@ -116,8 +116,8 @@ def _end_local(run: RunDir, job: JobRecord) -> bool:
     host, pid = (holder.host, holder.pid) if holder else (job.host, job.pid)
     if host != socket.gethostname():
         raise UserError(f"the supervisor runs on {host}: log in there and run the same command")
-    if pid is None or not _alive(pid):
-        return True
+    if pid is None or not _is_supervisor(pid):
+        return True  # never signal a process that only has the number of one that is gone
     for number, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, GONE_S)):
         try:
             os.kill(pid, number)
@@ -129,6 +129,14 @@ def _end_local(run: RunDir, job: JobRecord) -> bool:
                 return True
             time.sleep(0.1)
     return False
+
+
+def _is_supervisor(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"hpc_rl" in file.read()
+    except FileNotFoundError:
+        return False
 
 
 def _alive(pid: int) -> bool:

@@ -9,16 +9,17 @@ EXIT_USER_ERROR = 2
 # (module, class). A module that was not imported cannot have raised, so nothing is imported here.
 _TYPES = (
     ("hpc_rl.cli.errors", "UserError"),
+    ("hpc_rl.cli._fetch", "FetchError"),
     ("hpc_rl.recipe.yaml_source", "RecipeError"),
     ("hpc_rl.recipe.plugins", "PluginError"),
-    ("hpc_rl.plan", "PlanError"),
-    ("hpc_rl.plan.errors", "PlanError"),
-    ("hpc_rl.data.errors", "DataError"),
+    ("hpc_rl.catalog.facts", "ModelFilesError"),
+    ("hpc_rl.cluster.findings", "PreflightError"),
+    ("hpc_rl.cluster.slurm.commands", "SlurmError"),
+    ("hpc_rl.cluster.devcluster.errors", "DevClusterError"),
     ("hpc_rl.run.paths", "RunError"),
     ("hpc_rl.bus.errors", "BusError"),
-    ("hpc_rl.cluster.devcluster.errors", "DevClusterError"),
-    ("hpc_rl.cluster.slurm.errors", "SlurmError"),
-    ("hpc_rl.cluster.slurm.sites", "SiteError"),
+    ("hpc_rl.data.errors", "DataError"),
+    ("hpc_rl.models.base", "ModelError"),
 )
 
 

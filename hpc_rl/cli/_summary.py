@@ -1,0 +1,39 @@
+"""The plan as a table for people: printed by submit, check and --dry-run."""
+
+from __future__ import annotations
+
+from hpc_rl.cli._console import table
+from hpc_rl.plan.schema import Plan
+
+
+def plan_summary(plan: Plan) -> str:
+    """Groups, steps, time, memory and warnings."""
+    header = ["role", "component", "nodes", "tasks", "gpus/task", "cpus/task", "partition", "mem"]
+    rows = [
+        [
+            group.role,
+            "-" if group.component is None else group.component,
+            group.nodes,
+            group.tasks,
+            group.gpus_per_task,
+            group.cpus_per_task,
+            group.partition or "-",
+            group.mem or "-",
+        ]
+        for group in plan.groups
+    ]
+    hours, minutes = divmod(plan.time_minutes, 60)
+    where = f"{plan.kind} on site {plan.site}, placement {plan.placement}"
+    head = f"{plan.name}: {where}, time {hours}:{minutes:02d}:00"
+    lines = [head + (f", {plan.total_steps} steps" if plan.total_steps else ""), table(header, rows)]
+    if plan.memory is not None:
+        memory = plan.memory
+        per_gpu = memory.weights_gb + memory.gradients_gb + memory.optimizer_gb
+        room = f" of {memory.gpu_gb:g} GiB" if memory.gpu_gb else ""
+        lines.append(
+            f"policy memory per rank: {per_gpu:.1f} GiB{room} (weights {memory.weights_gb:.1f}, gradients "
+            f"{memory.gradients_gb:.1f}, optimizer {memory.optimizer_gb:.1f}), before activations; "
+            f"{memory.parameters / 1e6:,.0f} M parameters"
+        )
+    lines += [f"warning: {warning}" for warning in plan.warnings]
+    return "\n".join(lines)

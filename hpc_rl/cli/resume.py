@@ -1,0 +1,115 @@
+"""`hpc-rl resume`: the next attempt of a run, from its run directory alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hpc_rl.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hpc_rl.cli._prepare import Prepared
+    from hpc_rl.cli._state import RunStatus
+    from hpc_rl.run.paths import RunDir
+
+
+def resume(
+    run: str = typer.Argument(..., help="Run directory, recipe name (its latest run) or Slurm job id."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[a.b=value]...", help="Keys that may change, see below."
+    ),
+    follow: bool = typer.Option(False, "--follow", help="Watch the run to its end; Ctrl-C detaches."),
+    here: bool = typer.Option(False, "--here", help="Run inside this Slurm allocation (salloc)."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Continue a run from its newest complete checkpoint, in the same run directory.
+
+    Only its directory is needed: not the recipe file, not the plugins it came from, not the site profile.
+    Where and how long it runs may change (cluster.*, policy.steps, rollout.replicas, checkpoint.*, eval.*,
+    logging.*, …); what defines its numbers may not (seed, model, data, batch, algorithm). The whole table is
+    in docs/cli.md, and printed when a key may not change.
+
+    \b
+    Example:
+      hpc-rl resume gsm8k-grpo
+      hpc-rl resume runs/gsm8k-grpo/20260101-120000-ab12 cluster.time=24:00:00 policy.steps=1000
+    """
+    from hpc_rl.cli._preflight import preflight
+    from hpc_rl.cli._prepare import write_settings
+    from hpc_rl.cli._start import allocation_placement, check_allocation, start
+    from hpc_rl.cli._state import run_status
+    from hpc_rl.cli.submit import tell
+    from hpc_rl.run.index import find_run
+
+    found = find_run(run)
+    status = run_status(found, live=False)
+    refuse_live(found, status)
+    changed = list(overrides or [])
+    if here:
+        changed.append(f"cluster.placement={allocation_placement()}")
+    prepared, differences = prepare_resume(found, changed)
+    refuse_finished(found, status, prepared)
+    if here:
+        check_allocation(prepared)
+    preflight(prepared)
+    missing = write_settings(found, prepared)
+    _remember(found, status.attempt, differences)
+    started = start(found, prepared, here=here)
+    tell(found, prepared, started, missing, as_json)
+    if follow:
+        from hpc_rl.cli._follow import follow as follow_run
+
+        raise typer.Exit(follow_run(found))
+
+
+def refuse_live(run: RunDir, status: RunStatus) -> None:
+    """Two supervisors must not work on one run."""
+    from hpc_rl.run.lock import live_holder
+
+    holder = live_holder(run)
+    if status.state in ("PENDING", "RUNNING", "REQUEUED") or holder is not None:
+        who = f"job {status.job_id}" if status.job_id else str(holder or "its supervisor")
+        state = status.state if holder is None else "RUNNING"
+        raise UserError(
+            f"{run.root} is {state} ({who}): nothing to resume. To start it anew: hpc-rl cancel {run.root}"
+        )
+
+
+def prepare_resume(run: RunDir, overrides: list[str]) -> tuple[Prepared, dict[str, tuple[Any, Any]]]:
+    """The run's settings with `overrides`, and what they change. Raises UserError with the table."""
+    from hpc_rl.cli._prepare import prepare
+    from hpc_rl.cli._resume_keys import changes, may_change, table_text
+    from hpc_rl.plan.make import read_plan
+    from hpc_rl.plan.site import Site
+    from hpc_rl.recipe.dump import read_resolved
+
+    old = read_resolved(run.resolved)
+    # The profile as it was at submission: a site file that has changed or gone must not matter.
+    profile = None
+    if not any(word.startswith("cluster.site=") for word in overrides):
+        profile = Site.model_validate(read_plan(run.plan).site_profile)
+    prepared = prepare(run.resolved, overrides, profile=profile)
+    differences = changes(old.model_dump(mode="json"), prepared.recipe.model_dump(mode="json"))
+    refused = [key for key in differences if not may_change(key)]
+    if refused:
+        lines = [f"{key} may not change on resume (is {differences[key][0]!r})" for key in refused]
+        lines.append("it would no longer be the same run; submit a new one instead. What may change:")
+        raise UserError("\n".join([*lines, table_text()]))
+    return prepared, differences
+
+
+def refuse_finished(run: RunDir, status: RunStatus, prepared: Prepared) -> None:
+    """A completed run goes on only if it is given more steps."""
+    total = prepared.recipe.policy.steps or status.total_steps
+    if status.state == "COMPLETED" and total is not None and (status.step or 0) >= total:
+        raise UserError(
+            f"{run.root} has completed its {total} steps; give it more: "
+            f"hpc-rl resume {run.root} policy.steps={2 * total}"
+        )
+
+
+def _remember(run: RunDir, attempt: int, differences: dict[str, tuple[Any, Any]]) -> None:
+    from hpc_rl.run.events import EventLog
+
+    EventLog(run, attempt).append("resume", changed={key: list(pair) for key, pair in differences.items()})

@@ -1,0 +1,122 @@
+"""`hpc-rl submit`: check a recipe, make its run directory, and start it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from hpc_rl.cli._prepare import Prepared
+    from hpc_rl.cli._start import Started
+    from hpc_rl.run.paths import RunDir
+
+
+def submit(
+    recipe: str = typer.Argument(..., help="A recipe file, or the name of a shipped recipe."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[a.b=value]...", help="Keys to change for this run."
+    ),
+    site: str | None = typer.Option(None, "--site", help="Site profile: a name or a file (cluster.site)."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print plan, recipe and script; write nothing."),
+    follow: bool = typer.Option(False, "--follow", help="Watch the run to its end; Ctrl-C detaches."),
+    here: bool = typer.Option(False, "--here", help="Run inside this Slurm allocation (salloc)."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Check a recipe, make its run directory and start it: as a Slurm job, or here without Slurm.
+
+    Prints the run directory, the log folder and the job id. Nothing is written when a check fails.
+
+    \b
+    Example:
+      hpc-rl submit recipe.yaml
+      hpc-rl submit gsm8k-grpo policy.steps=50 cluster.rollout.nodes=4 --follow
+      hpc-rl submit recipe.yaml --dry-run
+    """
+    changed = list(overrides or [])
+    if here:
+        from hpc_rl.cli._start import allocation_placement
+
+        changed.append(f"cluster.placement={allocation_placement()}")
+    if dry_run:
+        _dry_run(recipe, changed, site, as_json)
+        return
+    from hpc_rl.cli._preflight import preflight
+    from hpc_rl.cli._prepare import create_run, discard, prepare
+    from hpc_rl.cli._start import check_allocation, start
+
+    prepared = prepare(recipe, changed, site=site)
+    if here:
+        check_allocation(prepared)
+    preflight(prepared)
+    run, missing = create_run(prepared)
+    try:
+        started = start(run, prepared, here=here)
+    except BaseException:
+        discard(run)  # nothing was started: nothing is left
+        raise
+    tell(run, prepared, started, missing, as_json)
+    if follow:
+        from hpc_rl.cli._follow import follow as follow_run
+
+        raise typer.Exit(follow_run(run))
+
+
+def tell(run: RunDir, prepared: Prepared, started: Started, missing: list[str], as_json: bool) -> None:
+    """What was started, where; and the warnings."""
+    from hpc_rl.cli._console import note, print_json
+    from hpc_rl.run.index import remember
+
+    remember(run)
+    for warning in prepared.plan.warnings:
+        note(f"warning: {warning}")
+    for name in missing:
+        note(f"warning: {name} is named in cluster.secrets but not set in this shell")
+    if as_json:
+        print_json(started.as_json())
+        return
+    print(f"run dir: {started.run_dir}")
+    print(f"logs:    {started.logs}")
+    print(f"job:     {started.job_id or f'none (local, process {started.pid})'}", flush=True)
+
+
+def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool) -> None:
+    """Plan, resolved recipe and script on stdout; no file, no job."""
+    if not as_json:
+        print(f"# dry run of {recipe}: nothing is written or submitted", flush=True)
+    from hpc_rl.cli._prepare import prepare
+    from hpc_rl.cli._summary import plan_summary
+
+    prepared = prepare(recipe, overrides, site=site)
+    run_dir = _future_run(prepared)
+    if as_json:
+        from hpc_rl.cli._console import print_json
+
+        plan = prepared.plan.model_dump(mode="json")
+        print_json(
+            {
+                "plan": plan,
+                "recipe": prepared.recipe.model_dump(mode="json"),
+                "script": _script(prepared, run_dir),
+            }
+        )
+        return
+    print("\n".join(f"# {line}" for line in plan_summary(prepared.plan).splitlines()))
+    print(f"\n# --- resolved.yaml\n{prepared.resolved_text}", flush=True)
+    script = _script(prepared, run_dir)
+    print(f"# --- job.sbatch\n{script}" if script else "# --- no script: the run starts on this machine")
+
+
+def _script(prepared: Prepared, run_dir: str) -> str | None:
+    if prepared.plan.placement == "local":
+        return None
+    from pathlib import Path
+
+    from hpc_rl.cli._start import script_text
+
+    return script_text(prepared, Path(run_dir))
+
+
+def _future_run(prepared: Prepared) -> str:
+    """Where the run directory would be."""
+    return f"{prepared.recipe.output_root}/{prepared.recipe.name}/RUN_ID"

@@ -1,0 +1,79 @@
+"""Which keys may change on resume; the table of docs/cli.md is the one in the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.cli._resume_keys import MAY_CHANGE, changes, flatten, may_change
+from hpc_rl.recipe.schema import Recipe
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "cluster.time",
+        "cluster.policy.nodes",
+        "policy.steps",
+        "policy.parallel.dp_shard",
+        "rollout.replicas",
+        "rollout.weights.timeout_s",
+        "checkpoint.max_keep",
+        "eval.every",
+        "logging.wandb.mode",
+    ],
+)
+def test_may_change(key: str) -> None:
+    assert may_change(key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed",
+        "name",
+        "kind",
+        "model.path",
+        "model.dtype",
+        "data.train.path",
+        "policy.batch_size",
+        "algorithm.clip_low",
+        "algorithm.max_staleness",
+        "reward",
+        "policy.optimizer.lr",
+        "rollout.max_tokens",
+        "rollout.engine",
+        "clusters",
+    ],
+)
+def test_may_not_change(key: str) -> None:
+    assert not may_change(key)
+
+
+def test_every_rule_names_keys_of_the_schema() -> None:
+    minimal = {
+        "name": "x",
+        "kind": "rl",
+        "model": {"path": "m"},
+        "data": {"train": {"path": "d"}},
+        "rollout": {},
+    }
+    flat = flatten(Recipe.model_validate(minimal).model_dump(mode="json"))
+    for rule in MAY_CHANGE:
+        stem = rule.removesuffix(".*")
+        assert any(key == stem or key.startswith(stem + ".") for key in flat), rule
+
+
+def test_changes_are_found_in_nested_settings_and_new_sections() -> None:
+    old = {"a": {"b": 1, "c": [1, 2]}, "reward": None, "d": {}}
+    new = {"a": {"b": 2, "c": [1, 2]}, "reward": {"nodes": 1}, "d": {}}
+    assert changes(old, new) == {"a.b": (1, 2), "reward": (None, None), "reward.nodes": (None, 1)} or changes(
+        old, new
+    ) == {"a.b": (1, 2), "reward.nodes": (None, 1)}
+
+
+def test_the_documented_table_is_the_one_in_the_code() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for key, why in MAY_CHANGE.items():
+        assert f"| `{key}` | {why} |" in page, f"docs/cli.md lacks: | `{key}` | {why} |"

@@ -1,0 +1,123 @@
+"""What `status` concludes, for every combination of run directory, lock and Slurm's word."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.cli._state import judge, role_lines, run_status
+from hpc_rl.cluster.slurm.states import Component, JobState, State
+from hpc_rl.run.attempts import Attempt, JobRecord, close_attempt, open_attempt, record_job
+from hpc_rl.run.events import Cause, EventLog, read_events, write_cause
+from hpc_rl.run.paths import RunDir
+from hpc_rl.telemetry.metrics import MetricsLog
+
+SLURM_JOB = JobRecord(submitted=100.0, job_id="7", placement="het")
+LOCAL_JOB = JobRecord(submitted=100.0, job_id=None, placement="local", pid=1, host="h")
+
+
+def slurm(state: State, reason: str = "") -> JobState:
+    part = Component("7", 0, "x:policy", state, state, reason)
+    return JobState("7", state, (part,), "squeue")
+
+
+def attempt(reason: str | None = None, job_id: str | None = "7", cause: str | None = None) -> Attempt:
+    end = None if reason is None else 200.0
+    return Attempt(1, 150.0, job_id, end=end, reason=reason, first_cause=cause)
+
+
+@pytest.mark.parametrize(
+    ("job", "attempts", "view", "alive", "state"),
+    [
+        (SLURM_JOB, [], slurm("PENDING"), False, "PENDING"),
+        (SLURM_JOB, [attempt()], slurm("RUNNING"), True, "RUNNING"),
+        (SLURM_JOB, [attempt("requeue")], slurm("PENDING"), False, "REQUEUED"),
+        (SLURM_JOB, [attempt("requeue")], None, False, "REQUEUED"),
+        (SLURM_JOB, [attempt("requeue")], slurm("CANCELLED"), False, "CANCELLED"),
+        # The job is still being torn down, or has been purged: the closed attempt has the say.
+        (SLURM_JOB, [attempt("done")], slurm("RUNNING"), True, "COMPLETED"),
+        (SLURM_JOB, [attempt("done")], None, False, "COMPLETED"),
+        (SLURM_JOB, [attempt("failed", cause="policy 0: boom")], None, False, "FAILED"),
+        (SLURM_JOB, [attempt("stopped")], slurm("FAILED"), False, "CANCELLED"),
+        (SLURM_JOB, [attempt("stopped", cause="no progress")], None, False, "FAILED"),
+        # SIGTERM may have been a preemption: Slurm's word decides.
+        (SLURM_JOB, [attempt("cancelled")], slurm("PENDING"), False, "REQUEUED"),
+        (SLURM_JOB, [attempt("cancelled")], slurm("CANCELLED"), False, "CANCELLED"),
+        (SLURM_JOB, [attempt("cancelled")], None, False, "CANCELLED"),
+        # The supervisor was killed: nobody closed the attempt.
+        (SLURM_JOB, [attempt()], slurm("FAILED"), False, "FAILED"),
+        (SLURM_JOB, [attempt()], None, False, "FAILED"),
+        (SLURM_JOB, [attempt()], None, True, "RUNNING"),
+        # A resume: the attempts belong to an earlier job.
+        (SLURM_JOB, [attempt("failed", job_id="3")], slurm("PENDING"), False, "PENDING"),
+        (SLURM_JOB, [attempt("done", job_id="3")], None, False, "PENDING"),
+        (LOCAL_JOB, [attempt(job_id=None)], None, True, "RUNNING"),
+        (LOCAL_JOB, [attempt(job_id=None)], None, False, "FAILED"),
+        (LOCAL_JOB, [attempt("done", job_id=None)], None, False, "COMPLETED"),
+        (LOCAL_JOB, [], None, False, "FAILED"),
+        (None, [], None, False, "FAILED"),
+    ],
+)
+def test_judge(
+    job: JobRecord | None, attempts: list[Attempt], view: JobState | None, alive: bool, state: str
+) -> None:
+    assert judge(job, attempts, view, alive=alive)[0] == state
+
+
+def test_a_cancelled_run_whose_supervisor_was_killed_is_cancelled() -> None:
+    assert judge(LOCAL_JOB, [attempt(job_id=None)], None, alive=False, cancel_asked=True)[0] == "CANCELLED"
+
+
+def test_a_local_resume_does_not_inherit_the_end_of_the_attempt_before() -> None:
+    old = Attempt(1, 50.0, None, end=60.0, reason="done")  # it started before the latest submission
+    assert judge(LOCAL_JOB, [old], None, alive=True)[0] == "RUNNING"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir.create(tmp_path, "tiny")
+    made.resolved.write_text("name: tiny\n")
+    made.plan.write_text(json.dumps({"total_steps": 10}))
+    return made
+
+
+def test_status_of_a_failed_run_needs_only_its_directory(run: RunDir) -> None:
+    record_job(run, None, "local", pid=1)
+    opened = open_attempt(run)
+    run.open_logs(1)
+    events = EventLog(run, 1)
+    events.append("training", step=0, total_steps=12)
+    events.append("step_started", role="policy", index=0)
+    events.append("step_exited", role="policy", index=0, code=137)
+    write_cause(run, 1, Cause(time.time(), "policy", 0, "out of memory", phase="step"))
+    MetricsLog(run.metrics, 1).append(4, {"train/loss": 0.5, "rollout/reward_mean": 0.25})
+    close_attempt(run, opened, exit_code=1, reason="failed", cause=None)
+    status = run_status(run)
+    assert (status.state, status.step, status.total_steps, status.attempt) == ("FAILED", 4, 12, 1)
+    assert status.first_cause == "policy 0 (step): out of memory"
+    assert status.metrics["rollout/reward_mean"] == 0.25
+    assert [(line.role, line.state) for line in status.roles] == [("policy", "killed by SIGKILL")]
+    keys = {"run", "run_dir", "job_id", "state", "step", "total_steps", "attempt", "first_cause"}
+    assert keys <= set(status.as_json())
+    assert status.as_json()["run_dir"] == str(run.root)
+
+
+def test_steps_that_were_rolled_back_are_not_shown(run: RunDir) -> None:
+    record_job(run, None, "local", pid=1)
+    MetricsLog(run.metrics, 1).append(9, {"train/loss": 0.5})
+    again = MetricsLog(run.metrics, 2)
+    again.roll_back(5)
+    again.append(6, {"train/loss": 0.4})
+    assert run_status(run).step == 6
+
+
+def test_a_lost_replica_stays_lost_after_its_step_ends(run: RunDir) -> None:
+    events = EventLog(run, 1)
+    events.append("step_started", role="rollout", index=1)
+    events.append("replica_lost", index=1, cause="no heartbeat for 40 s")
+    events.append("step_exited", role="rollout", index=1, code=143)
+    (line,) = role_lines(run, 1, read_events(run), live=False)
+    assert (line.state, line.detail) == ("lost", "no heartbeat for 40 s")
