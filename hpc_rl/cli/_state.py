@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hpc_rl.cli._jobs import JobState, ask_jobs
+from hpc_rl.cluster.local.start import local_state
 from hpc_rl.run.attempts import Attempt, JobRecord, latest_job, read_attempts
 from hpc_rl.run.events import first_cause, read_events
 from hpc_rl.run.lock import live_holder
@@ -69,9 +70,10 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
     """
     job, attempts = latest_job(run), read_attempts(run)
     view = None
-    if job is not None and job.job_id:
+    if job is not None and job.job_id and not job.here:  # the allocation of --here outlives the run
         view = (ask_jobs([job.job_id]) if views is None else views).get(job.job_id)
-    alive = live_holder(run) is not None
+    # A supervisor that was just started here holds no lock yet, but its process is there.
+    alive = live_holder(run) is not None or local_state(run) == "RUNNING"
     events = read_events(run)
     asked = job is not None and any(e.get("kind") == "cancel" and e["time"] > job.submitted for e in events)
     state, reason = judge(job, attempts, view, alive=alive, cancel_asked=asked)
@@ -112,10 +114,8 @@ def judge(
     `alive` whether a supervisor holds the run, `cancel_asked` whether `hpc-rl cancel` was used on it.
     """
     last = attempts[-1] if attempts else None
-    if last is not None and job is not None and last.job_id != job.job_id:
-        last = None  # the attempt belongs to an earlier submission
-    if last is not None and job is not None and job.job_id is None and last.start < job.submitted:
-        last = None
+    if last is not None and job is not None and not _belongs(last, job):
+        last = None  # an attempt of an earlier submission says nothing of this one
     if (
         last is not None
         and last.end is not None
@@ -136,6 +136,10 @@ def judge(
     if cancel_asked:
         return "CANCELLED", ""
     return _ended_without_slurm(job, last, view)
+
+
+def _belongs(attempt: Attempt, job: JobRecord) -> bool:
+    return attempt.pid == job.pid if job.pid is not None else attempt.job_id == job.job_id
 
 
 def _ended_without_slurm(

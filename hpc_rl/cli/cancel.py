@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
-import signal
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -13,11 +11,9 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from hpc_rl.run.attempts import JobRecord
     from hpc_rl.run.paths import RunDir
 
-# Roles get a bounded flush after SIGTERM; what is left then is killed, so that all is gone within 10 s.
-TERM_S, GONE_S = 7.0, 20.0
+GONE_S = 20.0
 
 
 def cancel(
@@ -35,6 +31,7 @@ def cancel(
     from hpc_rl.cli._console import note
     from hpc_rl.cli._state import ENDED, run_status
     from hpc_rl.cli.errors import UserError
+    from hpc_rl.cluster.local.start import cancel_local
     from hpc_rl.run.attempts import latest_job
     from hpc_rl.run.index import find_run
 
@@ -51,8 +48,8 @@ def cancel(
         note(f"the run is {status.state}: there is nothing new to save")
     if job.job_id is not None and not job.here:
         _cancel_job(job.job_id)
-    elif not _end_local(found, job):
-        raise UserError(f"the supervisor still runs {GONE_S:.0f} s after SIGKILL; look at process {job.pid}")
+    elif not cancel_local(found):
+        raise UserError(f"the supervisor did not end on SIGKILL; look at process {job.pid}")
     print(f"cancelled {found.root}; continue it with: hpc-rl resume {found.root}")
 
 
@@ -102,47 +99,3 @@ def _cancel_job(job_id: str) -> None:
             return
         time.sleep(0.5)
     raise UserError(f"job {job_id} is still there {GONE_S:.0f} s after scancel; see: squeue -j {job_id}")
-
-
-def _end_local(run: RunDir, job: JobRecord) -> bool:
-    """SIGTERM to the supervisor, SIGKILL if it is still there after its time; True when it is gone.
-
-    Its children die with it: each asked the kernel for that when it was started.
-    """
-    from hpc_rl.cli.errors import UserError
-    from hpc_rl.run.lock import live_holder, read_holder
-
-    holder = live_holder(run) or read_holder(run.lock)
-    host, pid = (holder.host, holder.pid) if holder else (job.host, job.pid)
-    if host != socket.gethostname():
-        raise UserError(f"the supervisor runs on {host}: log in there and run the same command")
-    if pid is None or not _is_supervisor(pid):
-        return True  # never signal a process that only has the number of one that is gone
-    for number, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, GONE_S)):
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return True
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            if not _alive(pid):
-                return True
-            time.sleep(0.1)
-    return False
-
-
-def _is_supervisor(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return b"hpc_rl" in file.read()
-    except FileNotFoundError:
-        return False
-
-
-def _alive(pid: int) -> bool:
-    """A zombie that nobody reaps has no start time left to tell, but it is gone all the same."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

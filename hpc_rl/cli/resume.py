@@ -35,7 +35,7 @@ def resume(
       hpc-rl resume gsm8k-grpo
       hpc-rl resume runs/gsm8k-grpo/20260101-120000-ab12 cluster.time=24:00:00 policy.steps=1000
     """
-    from hpc_rl.cli._preflight import preflight
+    from hpc_rl.cli._checks import require_checks
     from hpc_rl.cli._prepare import write_settings
     from hpc_rl.cli._start import allocation_placement, check_allocation, start
     from hpc_rl.cli._state import run_status
@@ -52,7 +52,7 @@ def resume(
     refuse_finished(found, status, prepared)
     if here:
         check_allocation(prepared)
-    preflight(prepared)
+    require_checks(prepared)
     missing = write_settings(found, prepared)
     _remember(found, status.attempt, differences)
     started = start(found, prepared, here=here)

@@ -41,14 +41,14 @@ def submit(
     if dry_run:
         _dry_run(recipe, changed, site, as_json)
         return
-    from hpc_rl.cli._preflight import preflight
+    from hpc_rl.cli._checks import require_checks
     from hpc_rl.cli._prepare import create_run, discard, prepare
     from hpc_rl.cli._start import check_allocation, start
 
     prepared = prepare(recipe, changed, site=site)
     if here:
         check_allocation(prepared)
-    preflight(prepared)
+    require_checks(prepared)
     run, missing = create_run(prepared)
     try:
         started = start(run, prepared, here=here)

@@ -26,7 +26,7 @@ def slurm(state: State, reason: str = "") -> JobState:
 
 def attempt(reason: str | None = None, job_id: str | None = "7", cause: str | None = None) -> Attempt:
     end = None if reason is None else 200.0
-    return Attempt(1, 150.0, job_id, end=end, reason=reason, first_cause=cause)
+    return Attempt(1, 150.0, job_id, pid=1, end=end, reason=reason, first_cause=cause)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_cancelled_run_whose_supervisor_was_killed_is_cancelled() -> None:
 
 
 def test_a_local_resume_does_not_inherit_the_end_of_the_attempt_before() -> None:
-    old = Attempt(1, 50.0, None, end=60.0, reason="done")  # it started before the latest submission
+    old = Attempt(1, 50.0, None, pid=99, end=60.0, reason="done")  # another supervisor than the latest one
     assert judge(LOCAL_JOB, [old], None, alive=True)[0] == "RUNNING"
 
 
