@@ -44,7 +44,7 @@ class HetJob:
             f"#SBATCH --partition=rollout --nodes=1 --ntasks=1 --cpus-per-task=1 --mem=1G {common}",
             *(f"#SBATCH {option}" for option in options),
             "#SBATCH --job-name=t:rollout",
-            f"{'exec ' if exec_python else ''}{self.python} -u {HERE}/job_supervisor.py {self.folder} '{settings}'",
+            f"{'exec ' * exec_python}{self.python} -u {HERE}/job_supervisor.py {self.folder} '{settings}'",
             *([] if exec_python else ["code=$?", "echo python ended with $code", "exit $code"]),
         ]
         script = self.folder / "job.sbatch"
@@ -102,6 +102,12 @@ class HetJob:
     def cancel(self) -> None:
         self.cluster.run("scancel", "--quiet", self.job_id, check=False)
         self.ended()
+
+    def end_children(self) -> None:
+        """End the stand-ins for Redis, which nothing but their supervisor ends."""
+        for event in self.events("supervisor", "child"):
+            if alive(event["child"]):
+                kill9(event["child"])
 
 
 def alive(pid: int) -> bool:

@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from hpc_rl.cluster.devcluster import accounting, config, devices, packages, ports, processes, profile
+from hpc_rl.cluster.devcluster import accounting, config, devices, munge, packages, ports, processes, profile
 from hpc_rl.cluster.devcluster.errors import DevClusterError
-from hpc_rl.cluster.devcluster.processes import ProcessRecord
 from hpc_rl.cluster.devcluster.spec import ProfileSpec, default_spec
 from hpc_rl.cluster.devcluster.state import FILE, State
 
 _log = logging.getLogger(__name__)
-_MARK = "HPC_RL_DEVCLUSTER_TOKEN"  # in the daemons' environment only: how `down` finds their children
 _LONGEST_ROOT = 80  # munge's and MariaDB's sockets must fit into a sockaddr_un (108 bytes)
 
 
@@ -90,7 +88,7 @@ class DevCluster:
         try:
             result = subprocess.run(
                 list(argv),
-                env={**_clean_environ(), **(env or {}), **self.env},
+                env={**packages.clean_environ(), **(env or {}), **self.env},
                 cwd=cwd,
                 text=True,
                 capture_output=True,
@@ -195,7 +193,7 @@ class DevCluster:
 
     def _start_all(self, state: State, programs: Mapping[str, str], deadline: float) -> None:
         layout = self._layout(state)
-        self._start("munged", _munged(programs, layout))
+        self._start("munged", munge.munged(programs, layout))
         _wait(layout.munge_socket.exists, deadline, lambda: f"munged's socket: {self._log('munged')}")
         if self.spec.accounting:
             self._start_accounting(programs, layout, deadline)
@@ -222,7 +220,7 @@ class DevCluster:
 
     def _start(self, name: str, argv: Sequence[str], extra_env: Mapping[str, str] | None = None) -> None:
         state = self._up_state()
-        env = {**_clean_environ(), **self.env, _MARK: state.token, **(extra_env or {})}
+        env = {**packages.clean_environ(), **self.env, processes.MARK: state.token, **(extra_env or {})}
         log = self.root / "log" / f"{name}.out"
         record, child = processes.start(name, argv, env=env, log=log, cwd=self.root)
         self._children.append(child)
@@ -305,10 +303,16 @@ class DevCluster:
             return
         alive = {record.name for record in state.processes if record.alive()}
         if "slurmctld" in alive:
-            self._cancel_jobs()
+            try:
+                self.cancel_all()
+            except DevClusterError as error:
+                # Not worth more than a word: whatever still runs is killed next.
+                _log.warning("devcluster: %s", error)
         daemons = list(state.processes)
         left = processes.stop([d for d in daemons if d.name.startswith(("slurmd-", "slurmctld"))], term_s=3)
-        left += processes.stop(self._stragglers(state), term_s=0)
+        left += processes.stop(
+            processes.left_by(state.token, self.env, state.node_ports, state.processes), term_s=0
+        )
         left += processes.stop(
             [d for d in daemons if not d.name.startswith(("slurmd-", "slurmctld"))], term_s=5
         )
@@ -319,30 +323,18 @@ class DevCluster:
             raise DevClusterError(f"these processes of the devcluster do not end: {names}")
         self._remove(state)
 
-    def _cancel_jobs(self) -> None:
-        """Ask Slurm to end every job and give it KillWait and a little; the stragglers are killed later."""
-        deadline = time.monotonic() + self.spec.kill_wait_s + 3
-        try:
-            for word in ("PENDING", "SUSPENDED", "RUNNING"):
-                self.run("scancel", "--quiet", f"--state={word}", timeout_s=5)
-            while (
-                time.monotonic() < deadline and self.run("squeue", "--noheader", timeout_s=5).stdout.strip()
-            ):
-                time.sleep(0.1)
-        except DevClusterError as error:
-            # Not worth more than a word: whatever still runs is killed next.
-            _log.warning("devcluster: jobs could not be cancelled: %s", error)
+    def cancel_all(self, timeout_s: float | None = None) -> None:
+        """Cancel every job and wait until none is left. Raises DevClusterError naming those that stay.
 
-    def _stragglers(self, state: State) -> list[ProcessRecord]:
-        """slurmstepds (they carry the daemons' mark) and what this cluster's jobs left running.
-
-        A shell of the user's that merely has SLURM_CONF set has neither the mark nor a SLURMD_NODENAME.
+        The default limit is KillWait and a little.
         """
-        found = processes.processes_with({_MARK: state.token})
-        for node in state.node_ports:
-            found += processes.processes_with({**self.env, "SLURMD_NODENAME": node})
-        recorded = {(record.pid, record.start_ticks) for record in state.processes}
-        return [record for record in found if (record.pid, record.start_ticks) not in recorded]
+        deadline = time.monotonic() + (self.spec.kill_wait_s + 5 if timeout_s is None else timeout_s)
+        for word in ("PENDING", "SUSPENDED", "RUNNING"):
+            self.run("scancel", "--quiet", f"--state={word}", timeout_s=10)
+        while left := self.run("squeue", "--noheader", "--format=%i", timeout_s=10).stdout.split():
+            if time.monotonic() > deadline:
+                raise DevClusterError(f"jobs {', '.join(left)} do not end")
+            time.sleep(0.1)
 
     def _remove(self, state: State) -> None:
         """Remove every file; the state file goes last, so that an interrupted `down` can be repeated."""
@@ -358,29 +350,6 @@ class DevCluster:
             self.root.rmdir()
         self._state = None
         self._children.clear()
-
-
-def _munged(programs: Mapping[str, str], layout: config.Layout) -> list[str]:
-    """`--force`: munged objects to sockets in folders that are private to a user, which is what is wanted."""
-    run = layout.root / "run"
-    return [
-        programs["munged"],
-        "--foreground",
-        "--force",
-        f"--socket={layout.munge_socket}",
-        f"--key-file={layout.munge_key}",
-        f"--pid-file={run / 'munged.pid'}",
-        f"--log-file={layout.logs / 'munged.log'}",
-        f"--seed-file={layout.munge_key.parent / 'seed'}",
-        "--num-threads=2",
-    ]
-
-
-def _clean_environ() -> dict[str, str]:
-    """This process's environment without another Slurm's variables, with sbin on PATH."""
-    foreign = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_", "SLURMD_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-    return {**kept, "PATH": packages.search_path()}
 
 
 def _write_private(path: Path, data: bytes) -> None:

@@ -31,6 +31,17 @@ _ACCOUNTING = {
 }
 # The storage plugin is a library, not a program: looked for beside Slurm's other plugins.
 _MYSQL_PLUGIN = "accounting_storage_mysql.so"
+_SLURM_PREFIXES = (
+    "SLURM_",
+    "SLURMD_",
+    "SBATCH_",
+    "SRUN_",
+    "SALLOC_",
+    "SQUEUE_",
+    "SINFO_",
+    "SCANCEL_",
+    "SACCT_",
+)
 _PLUGIN_DIRS = ("/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 
@@ -40,10 +51,13 @@ def search_path() -> str:
     return os.pathsep.join([*parts, *(p for p in _EXTRA_PATH if p not in parts)])
 
 
-def find_programs(*, accounting: bool = False) -> dict[str, str]:
-    """Absolute paths of all needed programs. Raises MissingPackages naming every missing one at once."""
+def find_programs(*, accounting: bool = False, path: str | None = None) -> dict[str, str]:
+    """Absolute paths of all needed programs, looked for on `path` (default: PATH and sbin).
+
+    Raises MissingPackages naming every missing one at once.
+    """
     wanted = {**_BASE, **(_ACCOUNTING if accounting else {})}
-    found = {name: shutil.which(name, path=search_path()) for name in wanted}
+    found = {name: shutil.which(name, path=path or search_path()) for name in wanted}
     missing = [name for name, path in found.items() if path is None]
     packages = {wanted[name] for name in missing}
     if accounting and not _has_mysql_plugin():
@@ -61,6 +75,12 @@ def missing_packages(*, accounting: bool = False) -> list[str]:
     except MissingPackages as error:
         return error.packages
     return []
+
+
+def clean_environ() -> dict[str, str]:
+    """This process's environment without another Slurm's variables, with sbin on PATH."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_SLURM_PREFIXES)}
+    return {**kept, "PATH": search_path()}
 
 
 def _has_mysql_plugin() -> bool:

@@ -1,8 +1,8 @@
 """Daemons as recorded processes: each in a session of its own, ended only when it is provably still itself.
 
-A pid alone proves nothing after a wrap-around, so each record holds the process's start time (clock ticks since
-boot, field 22 of /proc/PID/stat), which together with the pid names one process until the next boot. Signals
-go through a pidfd opened before that check, so that they cannot hit a successor.
+A pid alone proves nothing after a wrap-around, so each record holds the process's start time (clock ticks
+since boot, field 22 of /proc/PID/stat), which together with the pid names one process until the next boot.
+Signals go through a pidfd opened before that check, so that they cannot hit a successor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.cluster.devcluster.errors import DevClusterError
+
+MARK = "HPC_RL_DEVCLUSTER_TOKEN"  # in the daemons' environment only: how `down` finds their children
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,20 @@ def processes_with(variables: Mapping[str, str]) -> list[ProcessRecord]:
             if ticks is not None:
                 found.append(ProcessRecord(_command(entry), int(entry.name), ticks))
     return found
+
+
+def left_by(
+    token: str, env: Mapping[str, str], nodes: Iterable[str], recorded: Iterable[ProcessRecord]
+) -> list[ProcessRecord]:
+    """slurmstepds of our daemons (they inherit the mark) and what the jobs left running on the nodes.
+
+    A shell of the user's that merely has SLURM_CONF set has neither the mark nor a SLURMD_NODENAME.
+    """
+    found = processes_with({MARK: token})
+    for node in nodes:
+        found += processes_with({**env, "SLURMD_NODENAME": node})
+    known = {(record.pid, record.start_ticks) for record in recorded}
+    return [record for record in found if (record.pid, record.start_ticks) not in known]
 
 
 def _command(entry: Path) -> str:

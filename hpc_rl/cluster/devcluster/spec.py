@@ -21,8 +21,8 @@ ROLES = ("policy", "rollout", "controller")
 class PartitionSpec:
     """One partition and the nodes it brings: `NAME1..NAMEn`, or `NODE_PREFIX1..n` when `node_prefix` is set.
 
-    `over` names partitions whose nodes belong to this one as well (with `nodes=0`: only those). Jobs of a higher
-    `priority_tier` preempt (requeue) those of a lower one, which have their own partition's `grace_s`
+    `over` names partitions whose nodes belong to this one as well (with `nodes=0`: only those). Jobs of a
+    higher `priority_tier` preempt (requeue) those of a lower one, which have their own partition's `grace_s`
     (GraceTime) between the warning signal and the end. `memory_mb`, `cpus` and `gpus` are per node.
     """
 
@@ -152,7 +152,8 @@ def default_spec(
 ) -> ProfileSpec:
     """The layout of `hpc-rl devcluster up`: partitions policy, rollout and cpu.
 
-    `gpus` are per policy and rollout node. With `urgent`, a partition of that name lies over all nodes with a higher tier, to try preemption.
+    `gpus` are per policy and rollout node. With `urgent`, a partition of that name lies over all nodes with a
+    higher tier, to try preemption.
     """
     wanted = [("policy", policy, gpus), ("rollout", rollout, gpus), ("cpu", cpu, 0)]
     parts = [

@@ -1,4 +1,4 @@
-"""The state file: what `up` started, so that `down` and `status` work from any process, even after a crash."""
+"""The state file: what `up` started, so that `down` and `status` work from any process, after a crash too."""
 
 from __future__ import annotations
 
