@@ -148,7 +148,8 @@ def _look(api: Any, repository: Repository) -> _Remote:
     except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         raise FetchError(_no_hub(repository, error)) from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests"):
+        # huggingface_hub passes its HTTP library's connection errors on; which library depends on its version
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         raise FetchError(_no_hub(repository, error)) from error
     siblings = info.siblings or []

@@ -190,6 +190,9 @@ def _localise(recipe: Recipe, source: Source) -> None:
         recipe.data.eval.path = absolute(recipe.data.eval.path, ("data", "eval", "path"))
     if recipe.cluster.template is not None:
         recipe.cluster.template = absolute(recipe.cluster.template, ("cluster", "template"))
+    site = recipe.cluster.site
+    if "/" in site or site.endswith((".yaml", ".yml")):
+        recipe.cluster.site = absolute(site, ("cluster", "site"), always=True)
     redis = recipe.cluster.controller.redis_server
     if redis is not None and "/" in redis:
         path: KeyPath = ("cluster", "controller", "redis_server")

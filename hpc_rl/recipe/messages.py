@@ -131,6 +131,8 @@ def _text(model: type[BaseModel], detail: ErrorDetails, path: KeyPath, renames: 
         return f"is {shown}; must match {context['pattern']}"
     if kind in _WANTED:
         return f"is {shown} ({_kind_of(value)}); must be {_WANTED[kind]}{_hint(kind, value)}"
+    if kind == "value_error" and isinstance(value, dict):  # a check over several keys of the section
+        return str(context.get("error", detail["msg"]))
     if kind == "value_error":
         return f"is {shown}; {context.get('error', detail['msg'])}"
     return f"is {shown}; {detail['msg'][:1].lower()}{detail['msg'][1:]}"

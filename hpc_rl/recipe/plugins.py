@@ -49,7 +49,7 @@ def import_plugin(plugin: str | Path) -> None:
             importlib.import_module(plugin)
     except PluginError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a user's module raises while it is imported
+    except Exception as error:  # whatever a user's module raises while it is imported
         cause = f"{type(error).__name__}: {error}"
         raise PluginError(f"plugin {str(plugin)!r} cannot be imported: {cause}") from error
 

@@ -1,0 +1,127 @@
+"""Golden texts: each mistake gives one line with file, line, key, value, what is allowed, nearest key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Write = Callable[..., Path]
+Wrong = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "eval: {evry: 3}",
+            "r.yaml:2: eval.evry: unknown key (value 3). Did you mean 'every'? Allowed here: before, every, max_tokens.",
+        ),
+        (
+            "checkpoint: {mode: asink}",
+            "r.yaml:2: checkpoint.mode: is \"asink\"; allowed: 'async' or 'sync'. Did you mean 'async'?",
+        ),
+        ("seed: many", 'r.yaml:2: seed: is "many" (text); must be an integer'),
+        ("seed: 1.5", "r.yaml:2: seed: is 1.5 (a number); must be an integer"),
+        ("seed: true", "r.yaml:2: seed: is true (true/false); must be an integer"),
+        ("seed: -1", "r.yaml:2: seed: is -1; must be at least 0"),
+        (
+            'seed: "3"',
+            'r.yaml:2: seed: is "3" (text); must be an integer (write digits without quotes or underscores)',
+        ),
+        (
+            "seed: 1_000",
+            'r.yaml:2: seed: is "1_000" (text); must be an integer (write digits without quotes or underscores)',
+        ),
+        (
+            "eval: {before: yes}",
+            'r.yaml:2: eval.before: is "yes" (text); must be true or false (write true, without quotes)',
+        ),
+        ("name: null", "r.yaml:2: name: is null (null); must be text"),
+        ("model: qwen", 'r.yaml:2: model: is "qwen" (text); must be a mapping'),
+        ("reward: exact", 'r.yaml:2: reward: is "exact" (text); must be a list'),
+        ("reward: [{name: exakt}]", None),
+        ("name: a/b", 'r.yaml:2: name: is "a/b"; must match ^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$'),
+        ("save_freq: 20", "r.yaml:2: save_freq: unknown key (value 20); it is called checkpoint.save_every here"),
+        ("max_keep: 3", "r.yaml:2: max_keep: unknown key (value 3); it belongs at checkpoint.max_keep"),
+        ("batch_size: 3", "r.yaml:2: batch_size: unknown key (value 3); it belongs at policy.batch_size"),
+        (
+            "policy: {parallel: {dp_shard_size: 8}}",
+            "r.yaml:2: policy.parallel.dp_shard_size: unknown key (value 8); "
+            "it is called policy.parallel.dp_shard here",
+        ),
+        (
+            "policy: {parallel: {fsdp_shard_size: 8}}",
+            "r.yaml:2: policy.parallel.fsdp_shard_size: unknown key (value 8); "
+            "it is called policy.parallel.dp_shard here",
+        ),
+        (
+            "policy: {train_batch_per_replica: 8}",
+            "r.yaml:2: policy.train_batch_per_replica: unknown key (value 8); "
+            "it is called policy.batch_size (over all ranks) here",
+        ),
+        ("policy: {epoch: 1}", "r.yaml:2: policy.epoch: unknown key (value 1); it is called policy.epochs here"),
+        (
+            "model: {action_token_len: 7}",
+            "r.yaml:2: model.action_token_len: unknown key (value 7); "
+            "it is called model.action_dim (vision-language-action models) here",
+        ),
+        (
+            "algorithm: {epsilon_low: 0.2}",
+            "r.yaml:2: algorithm.epsilon_low: unknown key (value 0.2); it is called algorithm.clip_low here",
+        ),
+        ("algorithm: {clip_low: -1}", "r.yaml:2: algorithm.clip_low: is -1; must be at least 0"),
+        (
+            "rollout: {engine_options: {thread: 2}}",
+            "r.yaml:2: rollout.engine_options.thread: unknown key (value 2). Did you mean 'threads'?",
+        ),
+        ("logging: {wandb: {api_key: abc123}}", "r.yaml:2: logging.wandb.api_key: unknown key (value (hidden))."),
+    ],
+)
+def test_message(write: Write, wrong: Wrong, line: str, message: str | None) -> None:
+    text = wrong(write(f"extends: small.yaml\n{line}\n"))
+    if message is None:
+        assert text.startswith("r.yaml:2: reward.0.name: no rewards extension is called 'exakt'. Did you mean 'exact'?")
+    else:
+        assert text.splitlines()[0].startswith(message)
+    assert "abc123" not in text
+    assert len(text.splitlines()) == 1
+
+
+def test_every_mistake_is_reported_at_once(write: Write, wrong: Wrong) -> None:
+    text = wrong(write("extends: small.yaml\nseed: x\npolicy: {stepz: 1}\n"), "eval.every=-1")
+    assert [line.split(": ")[:2] for line in text.splitlines()] == [
+        ["r.yaml:2", "seed"],
+        ["r.yaml:3", "policy.stepz"],
+        ["override 'eval.every=-1'", "eval.every"],
+    ]
+
+
+def test_missing_required_keys_name_the_file(write: Write, wrong: Wrong) -> None:
+    assert wrong(write("name: x\nkind: sft\n")).splitlines() == [
+        "r.yaml:1: model: is required and missing",
+        "r.yaml:1: data: is required and missing",
+    ]
+
+
+def test_no_such_recipe_lists_the_shipped_ones(write: Write, wrong: Wrong) -> None:
+    text = wrong("nowhere.yaml")
+    assert "no recipe file" in text
+    assert "gsm8k-grpo" in text
+
+
+def test_a_mistake_in_the_base_names_the_base(write: Write, wrong: Wrong) -> None:
+    write("extends: small.yaml\nseed: x\n", "base.yaml")
+    assert wrong(write("extends: base.yaml\nname: top\n")).startswith("base.yaml:2: seed:")
+
+
+def test_where_text_is_wanted_unquoted_numbers_are_text(write: Write) -> None:
+    from hpc_rl.recipe import load_recipe
+
+    path = write("extends: small.yaml\nmodel: {path: m, revision: 0123456}\ncluster: {variables: {A: 1, B: 1e3}}\n")
+    recipe = load_recipe(path, ["cluster.time=90", "name=7"]).recipe
+    assert recipe.model.revision == "0123456"
+    assert recipe.cluster.variables == {"A": "1", "B": "1e3"}
+    assert recipe.cluster.time == "90"
+    assert recipe.name == "7"
