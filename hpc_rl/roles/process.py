@@ -31,7 +31,8 @@ from typing import Any, Self
 from hpc_rl.bus.client import START, Bus, Inbox
 from hpc_rl.bus.errors import BusError, BusLost
 from hpc_rl.bus.messages import Message, Register, RoleFailed, inbox
-from hpc_rl.plan.schema import Plan
+from hpc_rl.cluster.environment import make_cache_folders
+from hpc_rl.plan import Plan, read_plan
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.roles.heartbeat import Heartbeat, Phase
 from hpc_rl.run.events import Cause, write_cause
@@ -157,7 +158,8 @@ class RoleProcess:
     def _connect(self) -> None:
         self.recipe = load_run(self.run_dir)
         self._secrets = load_into_environ(self.run_dir, self.recipe.cluster.secrets)
-        self.plan = Plan.model_validate_json(self.run_dir.plan.read_bytes())
+        make_cache_folders(os.environ)
+        self.plan = read_plan(self.run_dir.plan)
         load_run(self.run_dir, plugins=True)  # after the secrets: a plugin may need them
         self.bus = Bus.connect(self.run_dir.bus_file(self.attempt), CONNECT_S)
         self._connected = True

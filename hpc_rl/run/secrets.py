@@ -21,7 +21,7 @@ def store_secrets(run: RunDir, names: Sequence[str], environ: Mapping[str, str] 
     A name that is not set now keeps the value that an earlier submission stored.
     """
     environ = os.environ if environ is None else environ
-    values = _read(run)
+    values = read_secrets(run)
     values = {name: environ.get(name, values.get(name, "")) for name in names}
     values = {name: value for name, value in values.items() if value}
     run.secrets.parent.mkdir(mode=0o700, exist_ok=True)
@@ -34,7 +34,7 @@ def load_into_environ(run: RunDir, names: Sequence[str]) -> list[str]:
 
     Raises RunError if the file is open to others.
     """
-    values = _read(run)
+    values = read_secrets(run)
     found = {name: values[name] for name in names if name in values}
     os.environ.update(found)
     return list(found.values())
@@ -48,7 +48,8 @@ def mask(text: str, values: Sequence[str]) -> str:
     return text
 
 
-def _read(run: RunDir) -> dict[str, str]:
+def read_secrets(run: RunDir) -> dict[str, str]:
+    """The stored secrets by name. Raises RunError if the file is open to others or damaged."""
     try:
         check_private(run.secrets)
         values = json.loads(run.secrets.read_text())

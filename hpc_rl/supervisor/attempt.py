@@ -9,12 +9,10 @@ ends the attempt.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_rl.bus.client import Bus, Inbox
@@ -24,10 +22,11 @@ from hpc_rl.run.events import EventLog, cause_file, clear_cause
 from hpc_rl.run.lock import RunLock
 from hpc_rl.run.paths import RunDir
 from hpc_rl.run.process import describe_exit, exit_code
-from hpc_rl.supervisor.launchers import Launcher, LaunchError, role_command
+from hpc_rl.run.secrets import mask
+from hpc_rl.supervisor.launchers import Launcher
 from hpc_rl.supervisor.redis import KeptRedis
 from hpc_rl.supervisor.signals import Signals
-from hpc_rl.supervisor.steps import Step, spawn
+from hpc_rl.supervisor.steps import Step, last_words, spawn
 
 LOG = logging.getLogger("hpc_rl.supervisor")
 EXIT_DONE, EXIT_REQUEUE, EXIT_STOPPED, EXIT_TERM, EXIT_FAILED = 0, 75, 93, 143, 1
@@ -59,6 +58,7 @@ class Stopping:
 class AttemptLoop:
     """Runs one attempt. `run()` gives the outcome; nothing of the attempt is alive afterwards.
 
+    `controller` is the controller's command, `secrets` are values to keep out of the events,
     `warning_s` is how long before the walltime USR2 comes, `term_grace_s` what SIGTERM leaves us, and
     `on_term` is called first after SIGTERM.
     """
@@ -70,7 +70,9 @@ class AttemptLoop:
         *,
         redis: KeptRedis,
         launcher: Launcher,
-        modules: Mapping[str, str],
+        controller: Sequence[str],
+        controller_env: Mapping[str, str],
+        secrets: Sequence[str],
         signals: Signals,
         lock: RunLock,
         events: EventLog,
@@ -82,7 +84,10 @@ class AttemptLoop:
         self._attempt = attempt
         self._redis = redis
         self._launcher = launcher
-        self._modules = modules
+        self._controller_argv = controller
+        self._controller_env = controller_env
+        self._controller_log = run.attempt_logs(attempt) / "controller.log"
+        self._secrets = secrets
         self._signals = signals
         self._lock = lock
         self._events = events
@@ -181,7 +186,7 @@ class AttemptLoop:
             clear_cause(self._run, self._attempt, *key)
         try:
             step = self._launcher.start(wanted.role, wanted.index, wanted.incarnation)
-        except (OSError, LaunchError) as error:
+        except (OSError, ValueError) as error:
             self._events.failure(wanted.role, f"could not be started: {error}", index=wanted.index)
             self._outbox.append(StepExited(*key, wanted.incarnation, 127, time.time()))
             return
@@ -210,7 +215,8 @@ class AttemptLoop:
             asked = self._stopping.pop(key, None) is not None
             LOG.info("%s %d ended with %s", *key, describe_exit(code))
             if code != 0 and not asked and not self._has_cause(step):
-                words = f"ended with {describe_exit(code)}; see {step.log}"
+                said = mask(last_words(step.logs), self._secrets)
+                words = f"ended with {describe_exit(code)}" + (f"; its last words: {said}" if said else "")
                 self._events.failure(step.role, words, index=step.index, exit_code=code)
             self._outbox.append(StepExited(*key, step.incarnation, code, time.time()))
 
@@ -222,9 +228,9 @@ class AttemptLoop:
 
     # --- the controller ----------------------------------------------------------------------------
     def _start_controller(self) -> None:
-        log = self._run.attempt_logs(self._attempt) / "controller.log"
-        argv = role_command(self._modules, self._run, "controller", self._attempt, 1, sys.executable)
-        self._controller = spawn(argv, log, os.environ)
+        self._controller = spawn(
+            self._controller_argv, self._controller_log, self._controller_env, self._run.root
+        )
         self._started = time.time()
         self._events.append("controller_started", pid=self._controller.pid)
 
@@ -239,7 +245,9 @@ class AttemptLoop:
         if code in known:
             return Outcome(code, known[code])
         if not cause_file(self._run, self._attempt, "controller", 0).exists():
-            self._events.failure("controller", f"ended with {describe_exit(code)}", exit_code=code)
+            said = mask(last_words([self._controller_log]), self._secrets)
+            words = f"ended with {describe_exit(code)}" + (f"; its last words: {said}" if said else "")
+            self._events.failure("controller", words, exit_code=code)
         return Outcome(code, "failed")
 
     def _controller_hung(self) -> Outcome | None:

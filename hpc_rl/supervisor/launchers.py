@@ -7,12 +7,16 @@ tell the difference but for where their index comes from.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
+from hpc_rl.cluster.environment import role_environment, step_environment
+from hpc_rl.cluster.slurm.steps import role_python, step_argv
 from hpc_rl.plan.schema import Group, Plan
+from hpc_rl.plan.site import Site
+from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
 from hpc_rl.supervisor.steps import ProcessStep, Step, spawn
 
@@ -59,47 +63,116 @@ def group_of(plan: Plan, role: str) -> Group:
         raise LaunchError(str(error)) from error
 
 
+class Environments:
+    """The environment of each role's processes: this one's, cleaned, with the role's variables set."""
+
+    def __init__(self, plan: Plan, recipe: Recipe) -> None:
+        self._plan = plan
+        self._recipe = recipe
+        self.site = Site.model_validate(plan.site_profile)
+
+    def variables(self, role: str) -> dict[str, str]:
+        """Raises LaunchError if the plan has no such role."""
+        group_of(self._plan, role)
+        return role_environment(self._plan, self.site, self._recipe, role)
+
+    def of(self, role: str, *, runtime: str = "none") -> dict[str, str]:
+        return step_environment(
+            os.environ, self.variables(role), secrets=self._recipe.cluster.secrets, runtime=runtime
+        )
+
+    def of_controller(self) -> dict[str, str]:
+        """Without a group of its own the controller gets what the policy gets, but for its own variables."""
+        if any(group.role == "controller" for group in self._plan.groups):
+            return self.of("controller")
+        stand_in = group_of(self._plan, "policy").model_copy(update={"role": "controller", "variables": {}})
+        plan = self._plan.model_copy(update={"groups": [stand_in]})
+        return Environments(plan, self._recipe).of("controller")
+
+
 class LocalLauncher:
     """Roles as child processes of the supervisor, on this machine."""
 
     def __init__(
-        self, run: RunDir, plan: Plan, attempt: int, *, modules: Mapping[str, str] = MODULES
+        self, run: RunDir, plan: Plan, recipe: Recipe, attempt: int, *, modules: Mapping[str, str] = MODULES
     ) -> None:
         self._run = run
         self._plan = plan
         self._attempt = attempt
         self._modules = modules
+        self._environments = Environments(plan, recipe)
 
     def start(self, role: str, index: int, incarnation: int) -> Step:
         """The policy's step is all its ranks; a rollout step is the one replica `index`."""
         group = group_of(self._plan, role)
         command = role_command(self._modules, self._run, role, self._attempt, incarnation, sys.executable)
-        indices = [index] if role == "rollout" else list(range(group.tasks))
-        option = "--replica" if role == "rollout" else "--rank"
-        children = []
+        tasks = list(range(group.tasks)) if role == "policy" else [index]
+        option = "--rank" if role == "policy" else "--replica"
+        folder = self._run.attempt_logs(self._attempt)
+        logs = [folder / f"{role}_{task}.log" for task in tasks]
+        # Each process would take every core for itself; the user's own setting wins.
+        defaults = {"OMP_NUM_THREADS": str(group.cpus_per_task)}
+        environment = {**defaults, **self._environments.of(role)}
+        children: list[subprocess.Popen[bytes]] = []
         try:
-            for task in indices:
-                env = {**os.environ, **group.variables, **self._devices(group, task)}
-                children.append(spawn([*command, option, str(task)], self._log(role, task), env))
+            for task, log in zip(tasks, logs, strict=True):
+                env = {**environment, **self._devices(group, task)}
+                children.append(spawn([*command, option, str(task)], log, env, self._run.root))
         except OSError:
-            for child in children:
-                child.kill()
-                child.wait()
+            ProcessStep(role, index, incarnation, command, logs, children).kill()
             raise
-        return ProcessStep(role, index, incarnation, command, self._log(role, indices[0]), children)
-
-    def _log(self, role: str, index: int) -> Path:
-        return self._run.attempt_logs(self._attempt) / f"{role}_{index}.log"
+        return ProcessStep(role, index, incarnation, command, logs, children)
 
     def _devices(self, group: Group, task: int) -> dict[str, str]:
-        """The GPUs of a task, counted through the groups in the plan's order, and its CPU threads."""
-        threads = {"OMP_NUM_THREADS": str(group.cpus_per_task)}
+        """The GPUs of a task, counted through the groups in the plan's order."""
         if group.gpus_per_task == 0:
-            return threads
+            return {}
         first = task * group.gpus_per_task
         for other in self._plan.groups:
             if other.role == group.role:
                 break
             first += other.tasks * other.gpus_per_task
         devices = range(first, first + group.gpus_per_task)
-        return {**threads, "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
+
+
+class SlurmLauncher:
+    """Roles as job steps of the allocation: one `srun` for the policy, one per replica."""
+
+    def __init__(
+        self, run: RunDir, plan: Plan, recipe: Recipe, attempt: int, *, modules: Mapping[str, str] = MODULES
+    ) -> None:
+        self._run = run
+        self._plan = plan
+        self._attempt = attempt
+        self._modules = modules
+        self._environments = Environments(plan, recipe)
+
+    def start(self, role: str, index: int, incarnation: int) -> Step:
+        """`srun` itself is the child; what it says of the step goes to a log of its own."""
+        group = group_of(self._plan, role)
+        site = self._environments.site
+        python = role_python(site, group, sys.executable)
+        command = role_command(self._modules, self._run, role, self._attempt, incarnation, python)
+        if role != "policy":
+            command += ["--replica", str(index)]
+        folder = self._run.attempt_logs(self._attempt)
+        name = f"{role}_%t.log" if role == "policy" else f"{role}_{index}.log"
+        variables = self._environments.variables(role)
+        runtime = site.container.runtime if group.image is not None else "none"
+        argv = step_argv(
+            self._plan,
+            site,
+            role,
+            index,
+            command,
+            folder / name,
+            run_dir=self._run.root,
+            incarnation=incarnation,
+            variables=variables.keys(),
+        )
+        own_log = folder / f"srun_{role}_{index}.log"
+        child = spawn(argv, own_log, self._environments.of(role, runtime=runtime), self._run.root)
+        tasks = range(group.tasks) if role == "policy" else [index]
+        logs = [own_log, *(folder / f"{role}_{task}.log" for task in tasks)]
+        return ProcessStep(role, index, incarnation, argv, logs, [child])

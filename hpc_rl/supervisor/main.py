@@ -17,12 +17,13 @@ from typing import NoReturn
 from hpc_rl.bus.errors import BusError
 from hpc_rl.cluster.slurm import watcher
 from hpc_rl.cluster.slurm.commands import SlurmError
-from hpc_rl.plan.schema import Plan
+from hpc_rl.plan import read_plan
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.attempts import Attempt, close_attempt, latest_job, open_attempt, read_attempts
 from hpc_rl.run.events import EventLog, first_cause
 from hpc_rl.run.lock import LockHeld, LockLost, RunLock
 from hpc_rl.run.paths import RunDir
+from hpc_rl.run.secrets import read_secrets
 from hpc_rl.run.settings import load_run
 from hpc_rl.supervisor.allocation import Allocation, bus_hosts, current_allocation
 from hpc_rl.supervisor.attempt import (
@@ -34,7 +35,14 @@ from hpc_rl.supervisor.attempt import (
     AttemptLoop,
     Outcome,
 )
-from hpc_rl.supervisor.launchers import MODULES, Launcher, LocalLauncher
+from hpc_rl.supervisor.launchers import (
+    MODULES,
+    Environments,
+    Launcher,
+    LocalLauncher,
+    SlurmLauncher,
+    role_command,
+)
 from hpc_rl.supervisor.redis import KeptRedis
 from hpc_rl.supervisor.signals import Signals
 
@@ -48,7 +56,7 @@ class Supervision:
     def __init__(self, run: RunDir, modules: Mapping[str, str]) -> None:
         self.run = run
         self.recipe: Recipe = load_run(run)
-        self.plan = Plan.model_validate_json(run.plan.read_bytes())
+        self.plan = read_plan(run.plan)
         self.modules = modules
         self.allocation: Allocation = current_allocation(self.plan)
         self.signals = Signals()
@@ -105,12 +113,13 @@ class Supervision:
         return outcome
 
     def _loop(self, attempt: Attempt, events: EventLog) -> AttemptLoop:
+        environments = Environments(self.plan, self.recipe)
         redis = KeptRedis(
             self.run,
             attempt.attempt,
             events,
             bus_hosts(self.plan, self.allocation),
-            scratch=Path(os.path.expandvars(self.plan.site_profile.get("paths", {}).get("local") or "/tmp")),
+            scratch=Path(os.path.expandvars(environments.site.paths.local)),
             binary=self.recipe.cluster.controller.redis_server,
         )
         return AttemptLoop(
@@ -118,7 +127,9 @@ class Supervision:
             attempt.attempt,
             redis=redis,
             launcher=self._launcher(attempt.attempt),
-            modules=self.modules,
+            controller=role_command(self.modules, self.run, "controller", attempt.attempt, 1, sys.executable),
+            controller_env=environments.of_controller(),
+            secrets=list(read_secrets(self.run).values()),
             signals=self.signals,
             lock=self.lock,
             events=events,
@@ -131,7 +142,8 @@ class Supervision:
         )
 
     def _launcher(self, attempt: int) -> Launcher:
-        return LocalLauncher(self.run, self.plan, attempt, modules=self.modules)
+        kind = LocalLauncher if self.allocation.job_id is None else SlurmLauncher
+        return kind(self.run, self.plan, self.recipe, attempt, modules=self.modules)
 
     def requeue(self) -> None:
         """Have Slurm start the job again; a refusal is an event, and the exit code says the rest."""

@@ -17,13 +17,13 @@ BAD_EXIT_GRACE_S = 5.0
 
 
 class Step(Protocol):
-    """What a launcher started. `log` is one of its log files, for messages to people."""
+    """What a launcher started. `logs`: what the launcher and the tasks write, launcher first."""
 
     role: str
     index: int
     incarnation: int
     argv: list[str]
-    log: Path
+    logs: list[Path]
 
     def poll(self) -> int | None:
         """None while anything of it runs, else the exit code (128+n for signal n)."""
@@ -35,8 +35,8 @@ class Step(Protocol):
         """SIGKILL to everything of it."""
 
 
-def spawn(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own that gets SIGTERM when this process dies.
+def spawn(argv: Sequence[str], log: Path, env: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own, in `folder`, that gets SIGTERM when this process dies.
 
     Only from the main thread (see `die_with_parent`). Raises OSError if it cannot be started.
     """
@@ -47,6 +47,7 @@ def spawn(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.
             stdout=output,
             stderr=subprocess.STDOUT,
             env=dict(env),
+            cwd=folder,
             start_new_session=True,
             preexec_fn=die_with_parent(signal.SIGTERM),
         )
@@ -65,14 +66,14 @@ class ProcessStep:
         index: int,
         incarnation: int,
         argv: list[str],
-        log: Path,
+        logs: list[Path],
         children: list[subprocess.Popen[bytes]],
     ) -> None:
         self.role = role
         self.index = index
         self.incarnation = incarnation
         self.argv = argv
-        self.log = log
+        self.logs = logs
         self._running = list(children)
         self._code = 0
         self._kill_at: float | None = None
@@ -117,3 +118,18 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
+
+
+def last_words(logs: Sequence[Path]) -> str:
+    """The last line of the first log that has any: what a process said that left no cause of its own."""
+    for log in logs:
+        try:
+            with open(log, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            continue
+        words = [line.strip() for line in lines if line.strip()]
+        if words:
+            return words[-1][:300]
+    return ""

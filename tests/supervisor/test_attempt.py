@@ -58,8 +58,8 @@ def gone_within(run: RunDir, seconds: float) -> float:
 
 
 def test_a_run_to_its_end(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=2, rollout=2, goal=20)
+    run = make_run(tmp_path, policy=2, rollout=2)
+    one = supervised(run, goal=20)
     assert one.wait() == 0, one.logs()
     (attempt,) = read_attempts(run)
     assert (attempt.reason, attempt.exit_code, attempt.first_cause) == ("done", 0, None)
@@ -77,9 +77,9 @@ def test_a_run_to_its_end(tmp_path: Path, supervised: Start) -> None:
 def test_a_failed_policy_rank_ends_the_attempt(
     tmp_path: Path, supervised: Start, order: str, cause: str
 ) -> None:
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, policy=2, rollout=1)
     (run.control / "policy_1_3").write_text(order)
-    one = supervised(run, policy=2, rollout=1, goal=LONG)
+    one = supervised(run, goal=LONG)
     start = time.monotonic()
     assert one.wait() == 1, one.logs()
     assert time.monotonic() - start < 30
@@ -92,9 +92,9 @@ def test_a_failed_policy_rank_ends_the_attempt(
 
 
 def test_a_failed_replica_is_started_again_and_the_run_goes_on(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, policy=1, rollout=2)
     (run.control / "rollout_1_5").write_text("raise")
-    one = supervised(run, policy=1, rollout=2, goal=20)
+    one = supervised(run, goal=20)
     assert one.wait() == 0, one.logs()
     launched = [e for e in read_events(run) if e["kind"] == "step_launched" and e["role"] == "rollout"]
     assert sorted((e["index"], e["incarnation"]) for e in launched) == [(0, 1), (1, 1), (1, 2)]
@@ -102,12 +102,12 @@ def test_a_failed_replica_is_started_again_and_the_run_goes_on(tmp_path: Path, s
 
 
 def test_secrets_are_masked_in_causes(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path, secrets=["TRIVIAL_SECRET"])
+    run = make_run(tmp_path, policy=1, rollout=0, secrets=["TRIVIAL_SECRET"])
     from hpc_rl.run.secrets import store_secrets
 
     store_secrets(run, ["TRIVIAL_SECRET"], {"TRIVIAL_SECRET": "hunter2hunter2"})
     (run.control / "policy_0_1").write_text("raise")
-    one = supervised(run, policy=1, rollout=0, goal=LONG)
+    one = supervised(run, goal=LONG)
     assert one.wait() == 1, one.logs()
     cause = json.loads((run.attempt_logs(1) / "cause_policy_0.json").read_text())
     assert "token ***" in cause["cause"]  # so the role had it
@@ -117,8 +117,8 @@ def test_secrets_are_masked_in_causes(tmp_path: Path, supervised: Start) -> None
 
 
 def test_a_crashed_controller_ends_the_attempt(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=2, rollout=1, goal=LONG)
+    run = make_run(tmp_path, policy=2, rollout=1)
+    one = supervised(run, goal=LONG)
     os.kill(working(one, 3)["controller", 0]["pid"], signal.SIGKILL)
     assert one.wait(15) == 137, one.logs()
     assert read_attempts(run)[0].first_cause == "controller: ended with signal 9 (SIGKILL)"
@@ -126,8 +126,8 @@ def test_a_crashed_controller_ends_the_attempt(tmp_path: Path, supervised: Start
 
 
 def test_a_killed_redis_is_restarted_and_nothing_is_lost(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=2, rollout=2, goal=100, pause=0.05)
+    run = make_run(tmp_path, policy=2, rollout=2)
+    one = supervised(run, goal=100, pause=0.05)
     working(one, 4)
     (started,) = [event for event in read_events(run) if event["kind"] == "redis_started"]
     os.kill(started["pid"], signal.SIGKILL)
@@ -136,8 +136,8 @@ def test_a_killed_redis_is_restarted_and_nothing_is_lost(tmp_path: Path, supervi
 
 
 def test_a_redis_that_dies_again_and_again_ends_the_attempt(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=1, rollout=1, goal=LONG)
+    run = make_run(tmp_path, policy=1, rollout=1)
+    one = supervised(run, goal=LONG)
     working(one, 2)
     start = time.monotonic()
     killed = set()
@@ -156,9 +156,9 @@ def test_a_redis_that_dies_again_and_again_ends_the_attempt(tmp_path: Path, supe
 
 
 def test_sigterm_ends_everything_within_ten_seconds(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, policy=2, rollout=2)
     (run.control / "rollout_0_2").write_text("stubborn")
-    one = supervised(run, policy=2, rollout=2, goal=LONG, env={"TRIVIAL_HELPER": "1"})
+    one = supervised(run, goal=LONG, env={"TRIVIAL_HELPER": "1"})
     working(one, 4)
     one.process.send_signal(signal.SIGTERM)
     start = time.monotonic()
@@ -169,8 +169,8 @@ def test_sigterm_ends_everything_within_ten_seconds(tmp_path: Path, supervised: 
 
 
 def test_what_a_role_leaves_behind_dies_with_it(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=1, rollout=0, goal=3, env={"TRIVIAL_HELPER": "1"})
+    run = make_run(tmp_path, policy=1, rollout=0)
+    one = supervised(run, goal=3, env={"TRIVIAL_HELPER": "1"})
     assert one.wait() == 0, one.logs()
     (line,) = [li for li in (run.logs / "latest/policy_0.log").read_text().splitlines() if "helper" in li]
     helper = int(line.split("helper ")[1].split()[0])
@@ -178,8 +178,8 @@ def test_what_a_role_leaves_behind_dies_with_it(tmp_path: Path, supervised: Star
 
 
 def test_a_killed_supervisor_takes_its_children_along(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=2, rollout=1, goal=LONG, env={"TRIVIAL_HELPER": "1"})
+    run = make_run(tmp_path, policy=2, rollout=1)
+    one = supervised(run, goal=LONG, env={"TRIVIAL_HELPER": "1"})
     working(one, 3)
     one.process.kill()
     one.process.wait()
@@ -194,8 +194,8 @@ def test_a_killed_supervisor_takes_its_children_along(tmp_path: Path, supervised
 
 
 def test_walltime_resumes_without_slurm_in_the_next_attempt(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=1, rollout=1, goal=60, pause=0.1)
+    run = make_run(tmp_path, policy=1, rollout=1)
+    one = supervised(run, goal=60, pause=0.1)
     working(one, 2)
     one.process.send_signal(signal.SIGUSR2)
     assert one.wait() == 0, one.logs()
@@ -204,10 +204,10 @@ def test_walltime_resumes_without_slurm_in_the_next_attempt(tmp_path: Path, supe
 
 
 def test_one_supervisor_per_run(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=1, rollout=0, goal=LONG)
+    run = make_run(tmp_path, policy=1, rollout=0)
+    one = supervised(run, goal=LONG)
     working(one, 1)
-    other = supervised(run, policy=1, rollout=0, goal=1)
+    other = supervised(run, goal=1)
     assert other.wait() == 93
     assert other.process.stdout is not None
     words = other.process.stdout.read()
@@ -217,8 +217,8 @@ def test_one_supervisor_per_run(tmp_path: Path, supervised: Start) -> None:
 
 
 def test_a_missing_redis_is_one_clear_error(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path, controller={"redis_server": "/no/such/redis-server"})
-    assert supervised(run, policy=1, rollout=0, goal=1).wait() == 1
+    run = make_run(tmp_path, policy=1, rollout=0, controller={"redis_server": "/no/such/redis-server"})
+    assert supervised(run, goal=1).wait() == 1
     cause = read_attempts(run)[0].first_cause
     assert cause is not None
     assert cause.startswith("redis: cluster.controller.redis_server is '/no/such/redis-server'")
@@ -239,8 +239,8 @@ def test_no_run_directory_is_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")
 def test_another_user_can_read_nothing_of_the_run(tmp_path: Path, supervised: Start) -> None:
-    run = make_run(tmp_path)
-    one = supervised(run, policy=1, rollout=0, goal=LONG)
+    run = make_run(tmp_path, policy=1, rollout=0)
+    one = supervised(run, goal=LONG)
     working(one, 1)
     for folder in (*tmp_path.parents[:-2], tmp_path, run.root.parent):
         folder.chmod(0o755)  # only the run's own modes protect

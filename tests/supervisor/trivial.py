@@ -56,9 +56,9 @@ def make_run(
         placement=cluster.get("placement", "local"),
         site="test",
         time_minutes=10,
-        groups=groups or [group("policy", policy), group("rollout", rollout)],
+        groups=groups or [group("policy", policy), *([group("rollout", rollout)] if rollout else [])],
         mesh=Mesh(dp_shard=policy),
-        site_profile={"paths": {"local": str(folder)}},
+        site_profile={"name": "test", "placement": "local", "paths": {"local": str(folder)}},
     )
     run.resolved.write_text(dump_resolved(recipe))
     run.plan.write_text(plan.model_dump_json())

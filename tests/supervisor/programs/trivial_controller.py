@@ -1,6 +1,6 @@
-"""A small real controller: starts roles, counts their answers, obeys interrupts. `TRIVIAL` configures it.
+"""A small real controller: starts the plan's roles, counts their answers, obeys interrupts.
 
-{"policy": tasks, "rollout": replicas, "goal": answers per process, "pause": seconds between rounds}
+`TRIVIAL` configures it: {"goal": answers per process, "pause": seconds between rounds}.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ class AttemptFailed(RuntimeError):
 
 def body(process: RoleProcess) -> int:
     wanted = json.loads(os.environ["TRIVIAL"])
-    members = [("policy", rank) for rank in range(wanted["policy"])]
-    members += [("rollout", replica) for replica in range(wanted.get("rollout", 0))]
+    members = [(g.role, task) for g in process.plan.groups for task in range(g.tasks)]
     steps = {("policy", 0), *(who for who in members if who[0] == "rollout")}
     incarnations = dict.fromkeys(steps, 1)
     for role, index in sorted(steps):
@@ -36,7 +35,9 @@ def body(process: RoleProcess) -> int:
         for message in process.inbox.poll(0.1):
             match message:
                 case m.Register():
-                    alive.add((message.role, message.index))
+                    who = (message.role, message.index)
+                    alive.add(who)
+                    sent[who] = len(answers[who])  # what an earlier incarnation left unanswered
                     process.log.info("registered %s %d on %s", message.role, message.index, message.node)
                 case m.WeightsApplied():
                     answers["rollout", message.replica].append(message.version)
