@@ -30,7 +30,7 @@ PAUSE_LIMIT_S = 120.0
 
 
 class _Boundary:
-    """Lets the token loop run one step at a time, and somebody else stop it between two."""
+    """One user of the model at a time, for one forward; `close` keeps all out, between two token steps."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -39,7 +39,7 @@ class _Boundary:
 
     def __enter__(self) -> None:
         with self._condition:
-            self._condition.wait_for(lambda: not self._closed)
+            self._condition.wait_for(lambda: not self._closed and not self._busy)
             self._busy = True
 
     def __exit__(self, *error: object) -> None:
@@ -205,8 +205,8 @@ class HfEngine:
         return any(stop in tail for stop in self.settings.stop)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        result: list[float] = await self._in_thread(self._score, list(token_ids))
-        return result
+        # Not in the generating thread: a score must not wait for the groups that are queued there.
+        return await asyncio.to_thread(self._score, list(token_ids))
 
     @torch.inference_mode()
     def _score(self, token_ids: list[int]) -> list[float]:

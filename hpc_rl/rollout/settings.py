@@ -1,0 +1,55 @@
+"""From recipe and plan to what the engine and the scorers are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_rl.plan.schema import Plan
+from hpc_rl.recipe.extensions import registry
+from hpc_rl.recipe.schema import Recipe
+from hpc_rl.rewards.base import reward_specs
+from hpc_rl.rewards.pool import ScorerPool
+from hpc_rl.rollout.engine import EngineSettings, TransferSettings
+from hpc_rl.weights.transports import transport_name
+
+MAX_SCORERS = 4
+
+
+def engine_settings(
+    recipe: Recipe, plan: Plan, *, bus_file: Path, attempt: int, replica: int, incarnation: int
+) -> EngineSettings:
+    """Raises RecipeError for bad engine options."""
+    rollout = recipe.rollout
+    assert rollout is not None, "the plan has a rollout group only if the recipe has a rollout section"
+    return EngineSettings(
+        model=recipe.model.path,
+        options=registry("engines").config(rollout.engine, dict(rollout.engine_options)),
+        revision=recipe.model.revision,
+        tokenizer=recipe.model.tokenizer,
+        dtype=recipe.model.dtype,
+        trust_remote_code=recipe.model.trust_remote_code,
+        attn_implementation=recipe.model.attn_implementation,
+        tp=rollout.parallel.tp,
+        pp=rollout.parallel.pp,
+        max_model_len=rollout.max_model_len,
+        stop=tuple(rollout.stop),
+        seed=recipe.seed,
+        transfer=TransferSettings(
+            bus_file=bus_file,
+            attempt=attempt,
+            replica=replica,
+            incarnation=incarnation,
+            transport=transport_name(recipe, plan),
+        ),
+    )
+
+
+def scorer_pool(recipe: Recipe, plan: Plan, code: Path) -> ScorerPool:
+    """As many scorers as the replica has cores to spare, at most MAX_SCORERS."""
+    cpus = plan.group("rollout").cpus_per_task
+    return ScorerPool(
+        reward_specs(recipe.reward),
+        plugins=recipe.plugins,
+        code=str(code),
+        size=max(1, min(MAX_SCORERS, cpus - 1)),
+    )

@@ -1,0 +1,287 @@
+"""The loop of one replica: prompts in, scored prompt groups out, new weights between two tokens.
+
+The inbox is read in order by one task. A `Generate` becomes a task of its own, so many groups are under
+way at once; `ReceiveWeights` is carried out before the next message is read, while those groups wait
+inside the engine. A bad prompt or a failing verifier costs that group or sample; an engine that fails, or
+a push that leaves the weights in doubt, ends the process, and the controller starts a new incarnation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from typing import Any
+
+from hpc_rl.bus import messages as m
+from hpc_rl.recipe.schema import DatasetSpec
+from hpc_rl.rewards.pool import Scored, ScorerPool
+from hpc_rl.roles import RoleProcess
+from hpc_rl.rollout.engine import Engine, EngineError, PromptError, Sample, make_engine
+from hpc_rl.rollout.prompts import PromptCodec, prompt_text
+from hpc_rl.rollout.settings import engine_settings, scorer_pool
+from hpc_rl.types import PromptGroup, Trajectory
+from hpc_rl.weights.protocol import WeightTransferError
+
+POLL_S = 1.0
+LOAD_LIMIT_S = 1800.0
+SYNC_MARGIN_S = 60.0
+PROBE_LIMIT_S = 2.0
+PROBE_TOKENS = 16
+CLOSE_LIMIT_S = 20.0
+
+
+class Worker:
+    """One replica's work. `run` returns when told to stop and raises when the replica is lost."""
+
+    def __init__(self, process: RoleProcess) -> None:
+        self.process = process
+        recipe, plan = process.recipe, process.plan
+        assert recipe.rollout is not None
+        self.rollout = recipe.rollout
+        settings = engine_settings(
+            recipe,
+            plan,
+            bus_file=process.run_dir.bus_file(process.attempt),
+            attempt=process.attempt,
+            replica=process.index,
+            incarnation=process.incarnation,
+        )
+        self.engine: Engine = make_engine(self.rollout.engine, settings)
+        self.pool: ScorerPool = scorer_pool(recipe, plan, process.run_dir.code)
+        self.codec: PromptCodec | None = None
+        self.slots = asyncio.Semaphore(self.rollout.max_in_flight)
+        self.groups: set[asyncio.Task[None]] = set()
+        self.probe = math.nan
+        self.served = 0
+        self.failed: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        self.failed = asyncio.get_running_loop().create_future()
+        try:
+            await self._load()
+            inbox = asyncio.create_task(self._serve(), name="inbox")
+            await asyncio.wait({inbox, self.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if self.failed.done():
+                inbox.cancel()
+                self.failed.result()
+            await inbox
+        finally:
+            await self._close()
+
+    async def _load(self) -> None:
+        process, model = self.process, self.process.recipe.model
+        process.phase("load", LOAD_LIMIT_S)
+        process.register(engine=self.rollout.engine)
+        began = time.monotonic()
+        tokenizer = model.tokenizer or model.path
+        self.codec = await asyncio.to_thread(
+            PromptCodec.load, tokenizer, model.revision, model.trust_remote_code
+        )
+        await asyncio.gather(self.engine.start(), self.pool.start())
+        self.probe = await self._probe_weights()
+        seconds = time.monotonic() - began
+        process.log.info("engine %s is loaded (%.1f s)", self.rollout.engine, seconds)
+        process.phase("idle")
+        await self._send(
+            m.ReplicaReady(
+                replica=process.index,
+                incarnation=process.incarnation,
+                version=self.engine.version,
+                info={"engine": self.rollout.engine, "load_s": f"{seconds:.1f}"},
+            )
+        )
+
+    # --- messages ----------------------------------------------------------------------------------
+    async def _serve(self) -> None:
+        while True:
+            for message in await asyncio.to_thread(self.process.inbox.poll, POLL_S):
+                match message:
+                    case m.Generate():
+                        await self.slots.acquire()  # back-pressure: the rest waits on the bus
+                        self._start_group(message)
+                    case m.ReceiveWeights():
+                        await self._receive_weights(message.version)
+                    case m.Stop():
+                        self.process.log.info("stopping: %s", message.reason)
+                        await self._send(m.RoleStopped(role="rollout", index=self.process.index))
+                        return
+                    case _:
+                        self.process.log.warning("a replica cannot obey %s", type(message).__name__)
+
+    def _start_group(self, request: m.Generate) -> None:
+        task = asyncio.create_task(self._group(request), name=f"prompt-{request.prompt.ordinal}")
+        self.groups.add(task)
+        self.process.phase("generate")
+        task.add_done_callback(self._group_ended)
+
+    def _group_ended(self, task: asyncio.Task[None]) -> None:
+        self.groups.discard(task)
+        self.slots.release()
+        if not self.groups:
+            self.process.phase("idle")
+        if not task.cancelled() and (error := task.exception()) is not None:
+            assert self.failed is not None
+            if not self.failed.done():
+                self.failed.set_exception(error)
+
+    async def _send(self, *messages: Any) -> None:
+        await asyncio.to_thread(self.process.send, *messages)
+
+    # --- generation --------------------------------------------------------------------------------
+    async def _group(self, request: m.Generate) -> None:
+        try:
+            answer: m.GroupDone | m.GroupFailed = await self._generate_and_score(request)
+        except PromptError as error:
+            answer = self._group_failed(request, str(error))
+        await self._send(answer)
+
+    async def _generate_and_score(self, request: m.Generate) -> m.GroupDone | m.GroupFailed:
+        assert self.codec is not None
+        prompt = request.prompt
+        began = time.monotonic()
+        ids = self.codec.encode(prompt.content, self._dataset(request.purpose).chat)
+        self.served += 1
+        request_id = f"{request.purpose}-{prompt.ordinal}-{self.served}"
+        samples = await self.engine.generate(ids, request.sampling, request.group_size, request_id)
+        if any(sample.finish == "abort" for sample in samples):
+            return self._group_failed(request, "generation was aborted")
+        generated = time.monotonic()
+        texts = [self.codec.decode(sample.token_ids) for sample in samples]
+        question = prompt_text(prompt.content)
+        scored = await asyncio.gather(
+            *(self.pool.score(question, text, prompt.answer, prompt.fields) for text in texts)
+        )
+        errors = [score.error for score in scored if score.error]
+        if len(errors) == len(scored):
+            return self._group_failed(request, f"no sample could be scored: {errors[0]}")
+        if errors:
+            self.process.log.warning(
+                "prompt %d: %d of %d samples have no score: %s",
+                prompt.ordinal,
+                len(errors),
+                len(scored),
+                errors[0],
+            )
+        seconds = generated - began
+        trajectories = [
+            self._trajectory(request, ids, i, sample, text, score, seconds)
+            for i, (sample, text, score) in enumerate(zip(samples, texts, scored, strict=True))
+        ]
+        metrics = {
+            "rollout/generate_s": seconds,
+            "rollout/score_s": time.monotonic() - generated,
+            "rollout/tokens": float(sum(len(sample.token_ids) for sample in samples)),
+            "rollout/unscored": float(len(errors)),
+        }
+        return m.GroupDone(
+            replica=self.process.index,
+            incarnation=self.process.incarnation,
+            purpose=request.purpose,
+            tag=request.tag,
+            group=PromptGroup(prompt, trajectories),
+            metrics=metrics,
+        )
+
+    def _trajectory(
+        self,
+        request: m.Generate,
+        prompt_ids: list[int],
+        index: int,
+        sample: Sample,
+        text: str,
+        scored: Scored,
+        seconds: float,
+    ) -> Trajectory:
+        """A sample without a score gets NaN: it counts neither in the group's mean nor in the loss."""
+        return Trajectory(
+            ordinal=request.prompt.ordinal,
+            sample=index,
+            replica=self.process.index,
+            prompt_ids=prompt_ids,
+            token_ids=sample.token_ids,
+            log_probs=sample.log_probs,
+            spans=sample.spans,
+            finish=sample.finish,
+            text=text,
+            rewards=scored.scores,
+            reward=math.nan if scored.error else scored.total,
+            seconds=seconds,
+        )
+
+    def _group_failed(self, request: m.Generate, cause: str) -> m.GroupFailed:
+        return m.GroupFailed(
+            replica=self.process.index,
+            incarnation=self.process.incarnation,
+            purpose=request.purpose,
+            tag=request.tag,
+            ordinal=request.prompt.ordinal,
+            cause=cause,
+        )
+
+    def _dataset(self, purpose: str) -> DatasetSpec:
+        data = self.process.recipe.data
+        return data.eval if purpose == "eval" and data.eval is not None else data.train
+
+    # --- weights -----------------------------------------------------------------------------------
+    async def _receive_weights(self, version: int) -> None:
+        process, limit_s = self.process, self.rollout.weights.timeout_s
+        began = time.monotonic()
+        with process.within("sync", limit_s + SYNC_MARGIN_S):
+            try:
+                await self.engine.pause()
+                paused = time.monotonic() - began
+                report = await self.engine.receive_weights(version, limit_s)
+                await self.engine.resume()
+            except (WeightTransferError, EngineError) as error:
+                await self._send(m.WeightsFailed(process.index, process.incarnation, version, str(error)))
+                raise
+        stalled = time.monotonic() - began
+        metrics = {f"weights/{name}_s": seconds for name, seconds in report.seconds.items()}
+        metrics |= {"weights/pause_s": paused, "weights/stall_s": stalled}
+        metrics["weights/bytes"] = float(report.nbytes)
+        probe = await self._probe_weights()
+        if math.isfinite(probe):
+            metrics["weights/probe_log_prob"] = probe
+            if math.isfinite(self.probe):
+                metrics["weights/probe_change"] = abs(probe - self.probe)
+        self.probe = probe
+        process.step = version
+        process.log.info(
+            "version %d: %d tensors, generation stalled %.3f s", version, report.tensors, stalled
+        )
+        applied = m.WeightsApplied(process.index, process.incarnation, version, report.tensors, metrics)
+        await self._send(applied)
+
+    async def _probe_weights(self) -> float:
+        """Mean log-prob of a fixed token sequence, the same on all replicas: it moves when weights do.
+
+        NaN when the engine is too busy to score it soon: the probe watches, the checksums prove.
+        """
+        size = self.engine.vocab_size
+        ids = [(13 + 7919 * i) % size for i in range(PROBE_TOKENS)]
+        try:
+            async with asyncio.timeout(PROBE_LIMIT_S):
+                scores = await self.engine.score(ids)
+        except TimeoutError:
+            return math.nan
+        return sum(scores) / len(scores)
+
+    # --- the end -----------------------------------------------------------------------------------
+    async def _close(self) -> None:
+        for task in list(self.groups):
+            task.cancel()
+        await asyncio.gather(*self.groups, return_exceptions=True)
+        async with asyncio.timeout(CLOSE_LIMIT_S):
+            await self.pool.close()
+            await self.engine.close()
+
+
+def body(process: RoleProcess) -> int:
+    """What `python -m hpc_rl.rollout` runs inside its RoleProcess."""
+    asyncio.run(_run(process))
+    return 0
+
+
+async def _run(process: RoleProcess) -> None:
+    await Worker(process).run()
