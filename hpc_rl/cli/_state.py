@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hpc_rl.cli._jobs import JobState, ask_jobs
+from hpc_rl.cli._tail import last_lines
 from hpc_rl.cluster.local.start import local_state
 from hpc_rl.run.attempts import Attempt, JobRecord, latest_job, read_attempts
 from hpc_rl.run.events import first_cause, read_events
@@ -159,14 +160,24 @@ def _ended_without_slurm(
 
 
 def _cause(run: RunDir, attempts: Sequence[Attempt], state: str) -> str | None:
-    if not attempts or state in ("COMPLETED",):
+    if state == "COMPLETED":
         return None
+    if not attempts:
+        return _last_words(run) if state == "FAILED" else None
     last = attempts[-1]
     if last.first_cause:
         return last.first_cause
     if state == "FAILED" or last.end is not None:
         cause = first_cause(run, last.attempt)
         return str(cause) if cause else None
+    return None
+
+
+def _last_words(run: RunDir) -> str | None:
+    """What a supervisor that opened no attempt said last, in the log of its start."""
+    for path in (run.logs / "job.log", run.logs / "latest" / "batch.log"):
+        if path.is_file() and (lines := last_lines(path, 1)[0]):
+            return lines[0].strip()
     return None
 
 

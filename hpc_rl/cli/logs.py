@@ -42,7 +42,8 @@ def logs(
     if attempt and not folder.is_dir():
         known = sorted(path.name.removeprefix("attempt_") for path in found.logs.glob("attempt_*"))
         raise UserError(f"{found.root} has no attempt {attempt}; attempts: {', '.join(known) or 'none yet'}")
-    folder = folder.resolve()
+    # Before the first attempt there is only what the supervisor said while it started.
+    folder = folder.resolve() if folder.is_dir() else found.logs
     files = log_files(folder, role)
     if not files and not follow:
         there = ", ".join(path.stem for path in log_files(folder, None)) or "no logs yet"
@@ -71,7 +72,8 @@ def _follow(run: RunDir, folder: Path, role: str | None, attempt: int | None, fo
 
     asked, ended = 0.0, False
     while True:
-        current = folder if attempt else (run.logs / "latest").resolve()
+        latest = run.logs / "latest"
+        current = folder if attempt or not latest.is_dir() else latest.resolve()
         if current != folder:
             note(f"--- {current.name} ---")
             folder = current

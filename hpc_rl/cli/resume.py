@@ -52,11 +52,12 @@ def resume(
     refuse_finished(found, status, prepared)
     if here:
         check_allocation(prepared)
+    use_stored_secrets(found, prepared.recipe.cluster.secrets)
     require_checks(prepared)
     missing = write_settings(found, prepared)
     _remember(found, status.attempt, differences)
     started = start(found, prepared, here=here)
-    tell(found, prepared, started, missing, as_json)
+    tell(found, started, missing, as_json)
     if follow:
         from hpc_rl.cli._follow import follow as follow_run
 
@@ -107,6 +108,15 @@ def refuse_finished(run: RunDir, status: RunStatus, prepared: Prepared) -> None:
             f"{run.root} has completed its {total} steps; give it more: "
             f"hpc-rl resume {run.root} policy.steps={2 * total}"
         )
+
+
+def use_stored_secrets(run: RunDir, names: list[str]) -> None:
+    """Secrets that this shell does not set keep the values of the last submission."""
+    import os
+
+    from hpc_rl.run.secrets import load_into_environ
+
+    load_into_environ(run, [name for name in names if not os.environ.get(name)])
 
 
 def _remember(run: RunDir, attempt: int, differences: dict[str, tuple[Any, Any]]) -> None:

@@ -55,21 +55,19 @@ def submit(
     except BaseException:
         discard(run)  # nothing was started: nothing is left
         raise
-    tell(run, prepared, started, missing, as_json)
+    tell(run, started, missing, as_json)
     if follow:
         from hpc_rl.cli._follow import follow as follow_run
 
         raise typer.Exit(follow_run(run))
 
 
-def tell(run: RunDir, prepared: Prepared, started: Started, missing: list[str], as_json: bool) -> None:
-    """What was started, where; and the warnings."""
+def tell(run: RunDir, started: Started, missing: list[str], as_json: bool) -> None:
+    """What was started, and where."""
     from hpc_rl.cli._console import note, print_json
     from hpc_rl.run.index import remember
 
     remember(run)
-    for warning in prepared.plan.warnings:
-        note(f"warning: {warning}")
     for name in missing:
         note(f"warning: {name} is named in cluster.secrets but not set in this shell")
     if as_json:

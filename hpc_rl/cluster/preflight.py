@@ -51,8 +51,7 @@ def machine_findings(
     findings += check_model(loaded, site)
     findings += check_secrets(loaded, os.environ if environ is None else environ)
     findings += check_packages(loaded, site, plan)
-    if recipe.kind == "rl":
-        findings += check_redis(loaded)
+    findings += check_redis(loaded)  # every kind has a controller, and so a bus
     findings += check_files(loaded, site, plan)
     if plan.placement in ("het", "shared"):
         programs = check_programs(which)
