@@ -58,7 +58,7 @@ def _import_file(path: Path) -> None:
     name = path.stem
     if _imported.get(name) == path and name in sys.modules:
         return
-    if name not in _imported and importlib.util.find_spec(name) is not None:
+    if name not in _imported and _is_installed(name):
         raise PluginError(f"plugin file {path.name!r} has the name of an installed module; rename it")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -71,6 +71,17 @@ def _import_file(path: Path) -> None:
     except BaseException:
         del sys.modules[name], _imported[name]
         raise
+
+
+def _is_installed(name: str) -> bool:
+    """True if `import name` would give a module of this environment. The working folder, which Python may
+    put on its path, does not count: the plugin's original may well lie there."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return False
+    if spec.origin is None or name in sys.modules:
+        return True
+    return not Path(spec.origin).resolve().is_relative_to(Path.cwd()) or "site-packages" in spec.origin
 
 
 def import_plugins(names: list[str], code_dir: Path) -> None:

@@ -43,7 +43,10 @@ Wrong = Callable[..., str]
         ("reward: exact", 'r.yaml:2: reward: is "exact" (text); must be a list'),
         ("reward: [{name: exakt}]", None),
         ("name: a/b", 'r.yaml:2: name: is "a/b"; must match ^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$'),
-        ("save_freq: 20", "r.yaml:2: save_freq: unknown key (value 20); it is called checkpoint.save_every here"),
+        (
+            "save_freq: 20",
+            "r.yaml:2: save_freq: unknown key (value 20); it is called checkpoint.save_every here",
+        ),
         ("max_keep: 3", "r.yaml:2: max_keep: unknown key (value 3); it belongs at checkpoint.max_keep"),
         ("batch_size: 3", "r.yaml:2: batch_size: unknown key (value 3); it belongs at policy.batch_size"),
         (
@@ -61,7 +64,10 @@ Wrong = Callable[..., str]
             "r.yaml:2: policy.train_batch_per_replica: unknown key (value 8); "
             "it is called policy.batch_size (over all ranks) here",
         ),
-        ("policy: {epoch: 1}", "r.yaml:2: policy.epoch: unknown key (value 1); it is called policy.epochs here"),
+        (
+            "policy: {epoch: 1}",
+            "r.yaml:2: policy.epoch: unknown key (value 1); it is called policy.epochs here",
+        ),
         (
             "model: {action_token_len: 7}",
             "r.yaml:2: model.action_token_len: unknown key (value 7); "
@@ -76,13 +82,18 @@ Wrong = Callable[..., str]
             "rollout: {engine_options: {thread: 2}}",
             "r.yaml:2: rollout.engine_options.thread: unknown key (value 2). Did you mean 'threads'?",
         ),
-        ("logging: {wandb: {api_key: abc123}}", "r.yaml:2: logging.wandb.api_key: unknown key (value (hidden))."),
+        (
+            "logging: {wandb: {api_key: abc123}}",
+            "r.yaml:2: logging.wandb.api_key: unknown key (value (hidden)).",
+        ),
     ],
 )
 def test_message(write: Write, wrong: Wrong, line: str, message: str | None) -> None:
     text = wrong(write(f"extends: small.yaml\n{line}\n"))
     if message is None:
-        assert text.startswith("r.yaml:2: reward.0.name: no rewards extension is called 'exakt'. Did you mean 'exact'?")
+        assert text.startswith(
+            "r.yaml:2: reward.0.name: no rewards extension is called 'exakt'. Did you mean 'exact'?"
+        )
     else:
         assert text.splitlines()[0].startswith(message)
     assert "abc123" not in text
@@ -119,7 +130,9 @@ def test_a_mistake_in_the_base_names_the_base(write: Write, wrong: Wrong) -> Non
 def test_where_text_is_wanted_unquoted_numbers_are_text(write: Write) -> None:
     from hpc_rl.recipe import load_recipe
 
-    path = write("extends: small.yaml\nmodel: {path: m, revision: 0123456}\ncluster: {variables: {A: 1, B: 1e3}}\n")
+    path = write(
+        "extends: small.yaml\nmodel: {path: m, revision: 0123456}\ncluster: {variables: {A: 1, B: 1e3}}\n"
+    )
     recipe = load_recipe(path, ["cluster.time=90", "name=7"]).recipe
     assert recipe.model.revision == "0123456"
     assert recipe.cluster.variables == {"A": "1", "B": "1e3"}

@@ -97,11 +97,15 @@ def test_syntax_errors_name_file_and_line(text: str) -> None:
 
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-_awkward = st.sampled_from(["1e-6", "off", "08:00:00", "0o17", "null", "", "~", "1_0", "<<", "=", "a: b", "#x", ".5"])
+_awkward = st.sampled_from(
+    ["1e-6", "off", "08:00:00", "0o17", "null", "", "~", "1_0", "<<", "=", "a: b", "#x", ".5"]
+)
 _scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _text | _awkward
 _keys = st.text(st.characters(categories=["Ll", "Nd"], max_codepoint=127), min_size=1, max_size=6)
 _values = st.recursive(
-    _scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=3), max_leaves=8
+    _scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_keys, inner, max_size=3),
+    max_leaves=8,
 )
 
 
