@@ -77,7 +77,7 @@ CASES: dict[str, Case] = {
                     "sbatch": ["--exclude=cpu1", "--exclusive"],
                     "mem": "480G",
                 },
-                "rollout": {"nodes": 4, "sbatch": ["--tmp=10G"]},
+                "rollout": {"nodes": 4, "sbatch": ["--contiguous"]},
             },
         },
         {"account": "project1", "qos": "normal", "gpus": {"style": "gpus_per_node"}},
