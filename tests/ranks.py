@@ -14,7 +14,7 @@ from typing import Any
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, folder: Path, *args: Any, limit_s: float = 120.0
+    function: Callable[..., Any], world_size: int, folder: Path, *args: Any, limit_s: float = 240.0
 ) -> None:
     """Call `function(rank, world_size, *args)` in `world_size` processes with a default gloo group.
 
@@ -61,7 +61,7 @@ def _rank_main() -> None:
         store=dist.FileStore(store_path, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=200),
     )
     getattr(importlib.import_module(module_name), name)(rank, world_size, *args)
     dist.barrier()

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
-from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, save_model
 
 from hpc_rl.models.base import ModelError, ParallelSpec
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
 from hpc_rl.recipe.schema import Model
+from tests.ranks import run_ranks
+from tests.tiny_models import FAMILIES, save_model
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)

@@ -1,0 +1,127 @@
+"""Which pieces of which tensors a rank writes, as plain data; and DCP's metadata from everyone's pieces.
+
+torch's own planning gathers pickled plans over a process group; here every rank decides alone (a shard
+is its own, a replicated tensor belongs to the lowest rank), so that a save needs no collective at
+all and cannot interleave with those of training.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+class Piece(msgspec.Struct):
+    """A block of tensor `name`: `shape` at `offset` of the whole (`size`). `at` is its place, in bytes,
+    in the staging buffer; `file`, `start`, `length` say where it was written."""
+
+    name: str
+    dtype: str
+    size: list[int]
+    shape: list[int]
+    offset: list[int]
+    at: int = 0
+    file: str = ""
+    start: int = 0
+    length: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * self.torch_dtype.itemsize
+
+
+def own_pieces(state: dict[str, Tensor], rank: int) -> list[tuple[Piece, Tensor]]:
+    """What this rank writes of `state`, with the local tensors. No communication.
+
+    Of a sharded tensor: its shard, if it is the first holder of it. Of a plain tensor: everything if the
+    name ends with `_{rank}` (per-rank state), or if it is rank 0 (the tensor is equal on all ranks).
+    """
+    found = []
+    for name, value in state.items():
+        local, offset = value.detach(), [0] * value.dim()
+        if isinstance(value, DTensor):
+            coordinate = value.device_mesh.get_coordinate()
+            assert coordinate is not None
+            replicas = zip(value.placements, coordinate, strict=True)
+            if any(isinstance(place, Replicate) and at > 0 for place, at in replicas):
+                continue
+            _, start = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+            local, offset = value.to_local().detach(), list(start)
+            if local.numel() == 0 and value.numel() > 0:
+                continue
+        elif rank != 0 and not per_rank(name, rank):
+            continue
+        dtype = str(value.dtype).removeprefix("torch.")
+        piece = Piece(name, dtype, list(value.shape), list(local.shape), offset)
+        found.append((piece, local))
+    return found
+
+
+def per_rank(name: str, rank: int) -> bool:
+    """Whether `name` is state of this rank alone, such as `rng_3`."""
+    return name.endswith(f"_{rank}") and name.rpartition("_")[0] in ("rng", "rng_cuda")
+
+
+def save_plan(pieces: list[Piece], prefix: str) -> SavePlan:
+    """DCP's write plan for these pieces; file names start with `prefix`."""
+    items = []
+    for piece in pieces:
+        chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
+        properties = TensorProperties(dtype=piece.torch_dtype)
+        data = TensorWriteData(chunk, properties, torch.Size(piece.size))
+        index = MetadataIndex(piece.name, torch.Size(piece.offset))
+        items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+    return SavePlan(items, storage_data=_StoragePrefix(prefix))
+
+
+def metadata_of(ranks: list[list[Piece]]) -> tuple[Metadata, list[list[WriteResult]]]:
+    """DCP's metadata and write results for the written pieces of all ranks.
+
+    Raises ValueError when the pieces of a tensor do not make it up exactly.
+    """
+    tensors: dict[str, TensorStorageMetadata] = {}
+    results: list[list[WriteResult]] = []
+    filled: dict[str, int] = {}
+    for pieces in ranks:
+        written = []
+        for piece in pieces:
+            size = torch.Size(piece.size)
+            entry = tensors.setdefault(
+                piece.name, TensorStorageMetadata(TensorProperties(dtype=piece.torch_dtype), size, [])
+            )
+            if entry.size != size:
+                raise ValueError(
+                    f"{piece.name} has size {list(entry.size)} on one rank and {piece.size} on another"
+                )
+            index = MetadataIndex(piece.name, torch.Size(piece.offset), len(entry.chunks))
+            entry.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)))
+            written.append(
+                WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length))
+            )
+            filled[piece.name] = filled.get(piece.name, 0) + torch.Size(piece.shape).numel()
+        results.append(written)
+    for name, count in filled.items():
+        if count != tensors[name].size.numel():
+            raise ValueError(f"{name}: {count} of {tensors[name].size.numel()} elements were written")
+    return Metadata(state_dict_metadata=dict(tensors)), results

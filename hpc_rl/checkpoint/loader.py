@@ -1,0 +1,50 @@
+"""Reading a checkpoint: into any sharding, by every rank alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+
+class CheckpointError(RuntimeError):
+    """The checkpoint on disk does not fit what is to be restored."""
+
+
+def tensors_of(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Names of the tensors in `folder` (a `policy/` folder) with their sizes and dtypes."""
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except (FileNotFoundError, EOFError) as error:
+        raise CheckpointError(f"{folder} holds no finished checkpoint: {error}") from error
+    return {
+        name: entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def load_into(folder: Path, state: dict[str, Tensor], optional: frozenset[str] = frozenset()) -> set[str]:
+    """Fill the tensors of `state` in place from `folder`; the names that were loaded.
+
+    Sharded tensors may be sharded in any other way than when they were saved; each rank reads only what
+    it holds. Names in `optional` may be absent. Raises CheckpointError for a missing name or a size
+    that differs.
+    """
+    saved = tensors_of(folder)
+    missing = sorted(name for name in state if name not in saved and name not in optional)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    wanted = {name: value for name, value in state.items() if name in saved}
+    for name, value in wanted.items():
+        if saved[name].size != value.shape:
+            raise CheckpointError(
+                f"{name} is {list(saved[name].size)} in {folder}, but {list(value.shape)} is needed"
+            )
+    with torch.no_grad():
+        load({n: v.detach() for n, v in wanted.items()}, checkpoint_id=folder, no_dist=True)
+    return set(wanted)
