@@ -49,10 +49,10 @@ def rollout_tp_error(heads: int, kv_heads: int, tp: int) -> str | None:
 
     vLLM's rule: query heads divide evenly; key/value heads divide evenly or are replicated evenly.
     """
+    allowed = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
     if heads % tp:
-        return f"tp {tp} does not divide the model's {heads} attention heads; use one of {divisors(heads)}"
+        return f"tp {tp} does not divide the model's {heads} attention heads; use one of {allowed}"
     if kv_heads % tp and tp % kv_heads:
-        allowed = [n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0]
         return (
             f"tp {tp} neither divides nor is a multiple of the model's {kv_heads} key/value heads; "
             f"use one of {allowed}"

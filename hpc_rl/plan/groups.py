@@ -226,30 +226,31 @@ class Sizer:
             )
 
     def _fill_cpus(self, groups: list[Group]) -> None:
+        """CPUs per task where the recipe does not say; then: do they fit on a node?"""
         for group in groups:
-            if group.cpus_per_task:
-                continue
-            if group.gpus_per_task and self.site.cpus.per_gpu:
-                group.cpus_per_task = self.site.cpus.per_gpu * group.gpus_per_task
-            elif self.site_cpus:
-                neighbours = [
-                    other for other in groups
-                    if self.placement != "het" and other.first_node < group.first_node + group.nodes
-                    and group.first_node < other.first_node + other.nodes
-                ]  # fmt: skip
-                if group.gpus_per_task and self.site_gpus:
-                    share = self.site_cpus * group.gpus_per_task // self.site_gpus
-                else:
-                    share = self.site_cpus // sum(other.tasks_per_node for other in neighbours or [group])
-                group.cpus_per_task = max(1, share)
-            else:
-                group.cpus_per_task = 1
-            if self.problems or self.placement != "het" or not self.site_cpus:
-                continue
+            group.cpus_per_task = group.cpus_per_task or self._cpus(group, groups)
+        if self.problems or self.placement != "het" or not self.site_cpus:
+            return
+        for group in groups:
             if group.tasks_per_node * group.cpus_per_task > self.site_cpus:
                 self._bad(
                     f"{group.tasks_per_node} tasks x {group.cpus_per_task} CPUs do not fit the site's "
                     f"{self.site_cpus} CPUs per node; set cluster.{group.role}.cpus_per_task",
-                    "cluster",
-                    str(group.role),
-                )
+                    "cluster", str(group.role),
+                )  # fmt: skip
+
+    def _cpus(self, group: Group, groups: list[Group]) -> int:
+        """By GPU where the group has any, else an equal share of a node."""
+        if group.gpus_per_task and self.site.cpus.per_gpu:
+            return self.site.cpus.per_gpu * group.gpus_per_task
+        if not self.site_cpus:
+            return 1
+        if group.gpus_per_task and self.site_gpus:
+            return max(1, self.site_cpus * group.gpus_per_task // self.site_gpus)
+        neighbours = [group]
+        if self.placement != "het":
+            end = group.first_node + group.nodes
+            neighbours = [
+                g for g in groups if g.first_node < end and group.first_node < g.first_node + g.nodes
+            ]
+        return max(1, self.site_cpus // sum(g.tasks_per_node for g in neighbours))

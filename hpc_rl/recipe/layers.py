@@ -13,6 +13,7 @@ from typing import Any
 from hpc_rl.recipe.share import share_dir
 from hpc_rl.recipe.yaml_source import (
     KeyPath,
+    Places,
     Problem,
     RecipeError,
     Source,
@@ -34,9 +35,6 @@ _NAMED: list[tuple[KeyPath, KeyPath | None]] = [
     (("rollout", "engine"), ("rollout", "engine_options")),
     (("policy", "trainer"), ("policy", "trainer_options")),
 ]
-
-
-Places = dict[KeyPath, Where]
 
 
 def find_recipe(name: str, folder: Path) -> Path:
@@ -111,7 +109,8 @@ def _merge_into(
             _remove_places(places, path)
             data[key] = _copy(value)
             places.update({old: place for old, place in top_places.items() if old[: len(path)] == path})
-        places[path] = top_places.get(path, places.get(path, Where("override", None, Path.cwd())))
+        if path in top_places:
+            places[path] = top_places[path]
 
 
 def apply_overrides(source: Source, overrides: list[str]) -> Source:
@@ -142,7 +141,8 @@ def _apply(source: Source, text: str) -> Source:
     if not mark or not all(parts):
         raise ValueError("must look like a.b=value, for example policy.steps=10")
     path: list[str | int] = []
-    value = parse_value(raw)
+    origin = f"override '{shown_override(text)}'"
+    value, inner = parse_value(raw, origin)
     current: Any = source.data
     for part in parts:
         if isinstance(current, list):
@@ -151,19 +151,17 @@ def _apply(source: Source, text: str) -> Source:
         else:
             path.append(part)
             current = current.get(part) if isinstance(current, dict) else None
-    plain = raw if not isinstance(value, dict | list) else None
-    where = Where(f"override '{shown_override(text)}'", None, Path.cwd(), plain)
+    own: Places = {(*path, *below): place for below, place in inner.items()}
     if all(isinstance(part, str) for part in path):
         nested: Any = value
         for name in reversed(path):
             nested = {name: nested}
-        places = {tuple(path[:end]): where for end in range(1, len(path) + 1)}
-        merged = merge(source, Source(nested, places))
+        above: Places = {tuple(path[:end]): Where(origin, None, Path.cwd()) for end in range(1, len(path))}
+        merged = merge(source, Source(nested, {**above, **own}))
         # the parents were written in the file; only the value itself is the override's
-        parents = {old: source.places[old] for old in places if old in source.places and old != tuple(path)}
-        merged.places.update(parents)
+        merged.places.update({old: source.places[old] for old in above if old in source.places})
         return merged
-    return _set_in_list(source, path, value, where)
+    return _set_in_list(source, path, value, own)
 
 
 def _index(part: str, items: list[Any], path: list[str | int]) -> int:
@@ -175,7 +173,7 @@ def _index(part: str, items: list[Any], path: list[str | int]) -> int:
     return int(part)
 
 
-def _set_in_list(source: Source, path: list[str | int], value: Any, where: Where) -> Source:
+def _set_in_list(source: Source, path: list[str | int], value: Any, own: Places) -> Source:
     data = _copy(source.data)
     target: Any = data
     for index, part in enumerate(path[:-1]):
@@ -192,7 +190,7 @@ def _set_in_list(source: Source, path: list[str | int], value: Any, where: Where
         target[path[-1]] = value
     places = dict(source.places)
     _remove_places(places, tuple(path))
-    places[tuple(path)] = where
+    places.update(own)
     return Source(data, places)
 
 

@@ -8,7 +8,7 @@ Duplicate keys are errors. PyYAML's composer does the parsing; only scalar meani
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Where:
         return self.origin if self.line is None else f"{self.origin}:{self.line}"
 
 
+Places = dict[KeyPath, Where]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: place, key path and what to do about it."""
@@ -65,7 +68,7 @@ class Source:
     """A YAML document as plain data, with the place of every key path."""
 
     data: dict[str, Any]
-    places: dict[KeyPath, Where] = field(default_factory=dict)
+    places: Places = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> Where | None:
         """The place of `path`, or of its nearest parent that was written."""
@@ -112,7 +115,7 @@ class _Reader:
     def __init__(self, origin: str, folder: Path) -> None:
         self.origin = origin
         self.folder = folder
-        self.places: dict[KeyPath, Where] = {}
+        self.places: Places = {}
         self.problems: list[Problem] = []
 
     def _place(self, path: KeyPath, node: Any, raw: str | None = None) -> None:
@@ -210,16 +213,20 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else str(path)
 
 
-def parse_value(text: str) -> Any:
-    """The value of an override, `a.b=TEXT`, read as YAML. Raises ValueError when it is not YAML."""
+def parse_value(text: str, origin: str = "override", folder: Path | None = None) -> tuple[Any, Places]:
+    """The value of an override, `a.b=TEXT`, read as YAML, and the places of what is inside it.
+
+    Raises ValueError when it is not YAML.
+    """
     try:
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {text!r}") from error
+    folder = folder or Path.cwd()
     if node is None:
-        return None
-    reader = _Reader("override", Path("."))
+        return None, {(): Where(origin, None, folder, text)}
+    reader = _Reader(origin, folder)
     value = reader.value(node, ())
     if reader.problems:
         raise ValueError(reader.problems[0].message)
-    return value
+    return value, {path: replace(place, line=None) for path, place in reader.places.items()}

@@ -38,7 +38,7 @@ Wrong = Callable[..., str]
         ),
         (
             ["policy.parallel={dp_shard: 3, dp_replicate: 2}"],
-            "policy.batch_size: is 8; must be divisible by the 6 data-parallel ranks (dp_replicate 2 x dp_shard 3)",
+            "policy.batch_size: is 8; must be divisible by the 6 data-parallel ranks (dp_replicate 2 x",
         ),
         (["policy.parallel={dp_shard: 4, ep: 3}"], "policy.parallel.ep: is 3; must divide dp_shard x cp = 4"),
         (["policy.micro_batch_tokens=null"], "policy.micro_batch_tokens: set micro_batch_tokens, or"),

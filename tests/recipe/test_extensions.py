@@ -45,7 +45,7 @@ def test_every_built_in_has_a_torch_free_config(kind: str) -> None:
 def test_config_is_validated_with_messages() -> None:
     config = registry("algorithms").config("grpo", {"name": "grpo", "group_size": 4})
     assert config.group_size == 4
-    with pytest.raises(RecipeError, match="group_sice: unknown key .* Did you mean 'group_size'"):
+    with pytest.raises(RecipeError, match=r"group_sice: unknown key .* Did you mean 'group_size'"):
         registry("algorithms").config("grpo", {"group_sice": 4})
 
 
@@ -67,7 +67,8 @@ def test_a_plugin_file_adds_a_reward(write: Write, wrong: Wrong, tmp_path: Path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "plug_one.py").write_text(plugin("plug_one"))
     path = write(
-        "extends: small.yaml\nplugins: [sub/plug_one.py]\nreward: [{name: plug_one_reward, weight: 2, scale: 3}]\n"
+        "extends: small.yaml\nplugins: [sub/plug_one.py]\n"
+        "reward: [{name: plug_one_reward, weight: 2, scale: 3}]\n"
     )
     loaded = load_recipe(path)
     assert loaded.recipe.reward == [{"name": "plug_one_reward", "weight": 2, "scale": 3.0}]

@@ -186,7 +186,8 @@ def test_loading_imports_nothing_heavy() -> None:
         "from hpc_rl.plan import make_plan\n"
         "from hpc_rl.cluster.sites import load_site\n"
         "make_plan(load_recipe('gsm8k-grpo'), load_site('generic-gpu'))\n"
-        "print([m for m in ('torch', 'numpy', 'redis', 'jinja2', 'submitit', 'huggingface_hub') if m in sys.modules])"
+        "heavy = ('torch', 'numpy', 'redis', 'jinja2', 'submitit', 'huggingface_hub')\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

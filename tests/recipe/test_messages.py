@@ -16,7 +16,8 @@ Wrong = Callable[..., str]
     [
         (
             "eval: {evry: 3}",
-            "r.yaml:2: eval.evry: unknown key (value 3). Did you mean 'every'? Allowed here: before, every, max_tokens.",
+            "r.yaml:2: eval.evry: unknown key (value 3). Did you mean 'every'? "
+            "Allowed here: before, every, max_tokens.",
         ),
         (
             "checkpoint: {mode: asink}",
@@ -32,7 +33,8 @@ Wrong = Callable[..., str]
         ),
         (
             "seed: 1_000",
-            'r.yaml:2: seed: is "1_000" (text); must be an integer (write digits without quotes or underscores)',
+            'r.yaml:2: seed: is "1_000" (text); must be an integer '
+            "(write digits without quotes or underscores)",
         ),
         (
             "eval: {before: yes}",
