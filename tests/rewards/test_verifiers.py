@@ -39,8 +39,8 @@ def test_last_number() -> None:
     assert number_of("9" * 100_000, "last_number") is None  # quickly, and no match
 
 
-def score(name: str, text: str, answer: str | None = None, **options: object) -> float:
-    return make_reward(RewardSpec(name, name, 1.0, options))("prompt", text, answer, {})
+def score(name: str, response_text: str, answer: str | None = None, **options: object) -> float:
+    return make_reward(RewardSpec(name, name, 1.0, options))("prompt", response_text, answer, {})
 
 
 def test_gsm8k() -> None:

@@ -28,7 +28,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_checkpoint(folder: Path, seed: int, *, tied: bool = True, family: str = "qwen2") -> Path:
+def tiny_checkpoint(folder: Path, seed: int, *, tied: bool = True, family: str = "qwen3") -> Path:
     """A random fp32 model of 2 layers, hidden 128, as `save_pretrained` writes it."""
     torch.manual_seed(seed)
     shape = dict(

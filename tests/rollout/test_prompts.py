@@ -1,0 +1,56 @@
+"""Prompts to token ids: one beginning of sequence, chat templates, clear refusals."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import tiny_tokenizer
+
+from hpc_rl.rollout.engine import PromptError
+from hpc_rl.rollout.prompts import PromptCodec, prompt_text
+
+pytestmark = pytest.mark.torch
+TEMPLATE = (
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('must begin with user') }}{% endif %}"
+    "<bos> {% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}w9{% endif %}"
+)
+
+
+def codec(template: str | None = None, adds_bos: bool = False) -> PromptCodec:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    if adds_bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 0)]
+        )
+    return PromptCodec(tokenizer)
+
+
+def test_plain_text_has_at_most_one_bos() -> None:
+    assert codec().encode("w1 w2", None) == [5, 6]
+    assert codec(adds_bos=True).encode("w1 w2", None) == [0, 5, 6]
+    assert codec(adds_bos=True).encode("<bos> w1", None) == [0, 5]
+
+
+def test_chat_template_is_used_if_there_is_one_or_asked_for() -> None:
+    with_template = codec(TEMPLATE, adds_bos=True)
+    unknown = 3
+    expected = [0, unknown, 5, 13]  # <bos> "user" w1 w9
+    assert with_template.encode("w1", None) == expected
+    assert with_template.encode([{"role": "user", "content": "w1"}], None) == expected
+    assert with_template.encode("w1", False) == [0, 5]
+    with pytest.raises(PromptError, match="no chat template"):
+        codec().encode("w1", True)
+    with pytest.raises(PromptError, match="must begin with user"):
+        with_template.encode([{"role": "assistant", "content": "w1"}], None)
+
+
+def test_empty_prompt_and_reward_text() -> None:
+    with pytest.raises(PromptError, match="no tokens"):
+        codec().encode("", None)
+    assert codec().decode([5, 1]) == "w1"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    assert prompt_text(chat) == "q"
+    assert prompt_text("plain") == "plain"
