@@ -112,13 +112,6 @@ def time_left(job_id: str | int) -> int | None:
     return job.components[0].time_left_s
 
 
-def slurm_version() -> tuple[int, int]:
-    """Major and minor version of the client, e.g. (22, 5)."""
-    text = check_slurm(["sinfo", "--version"])
-    numbers = text.split()[-1].split(".")
-    return int(numbers[0]), int(numbers[1])
-
-
 def _squeue(job_ids: Sequence[str]) -> dict[str, JobState]:
     argv = ["squeue", "-h", "-t", "all", "-o", SQUEUE_FORMAT, "-j", ",".join(job_ids)]
     done = run_slurm(argv)
