@@ -26,7 +26,7 @@ from hpc_rl.weights.store import RedisStore
 from hpc_rl.weights.transports import load_transport
 
 if TYPE_CHECKING:
-    from vllm import AsyncEngineArgs, CompletionOutput, SamplingParams
+    from vllm import CompletionOutput, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,8 @@ def set_environment(options: VllmOptions) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def engine_args(settings: EngineSettings) -> AsyncEngineArgs:
-    """vLLM's arguments for these settings."""
-    from vllm import AsyncEngineArgs
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """vLLM's arguments for these settings, by vLLM's names."""
     from vllm.config.weight_transfer import WeightTransferConfig
 
     options: VllmOptions = settings.options
@@ -76,7 +75,7 @@ def engine_args(settings: EngineSettings) -> AsyncEngineArgs:
     if settings.transfer is not None:
         backend = load_transport(settings.transfer.transport).vllm_backend
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=backend)
-    return AsyncEngineArgs(**{**arguments, **options.extra})
+    return {**arguments, **options.extra}
 
 
 def sampling_params(sampling: Sampling, count: int, stop: Sequence[str], max_tokens: int) -> SamplingParams:
@@ -113,9 +112,10 @@ class VllmEngine:
 
     async def start(self) -> None:
         set_environment(self.settings.options)
+        from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(engine_args(self.settings))
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self.settings)))
         config = self._llm.vllm_config.model_config
         self.vocab_size = config.get_vocab_size()
         self.max_model_len = config.max_model_len
@@ -147,13 +147,14 @@ class VllmEngine:
         return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
 
     async def _run(self, prompt_ids: list[int], params: SamplingParams, request_id: str) -> Any:
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         output: Any = None
         try:
             async for answer in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id):
                 output = answer
-        except ValueError as error:  # vLLM's own validation of prompt and parameters
+        except VLLMClientError as error:  # vLLM's own validation of the prompt
             raise PromptError(str(error)) from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineError(f"vLLM failed during generation: {error}") from error
