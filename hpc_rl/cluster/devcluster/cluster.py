@@ -298,8 +298,9 @@ class DevCluster:
 
     def down(self) -> None:
         """End the jobs, then the daemons, then what they left running; remove the folder. Idempotent."""
-        state = self._state
-        if state is None:
+        state, on_disk = self._state, State.load(self.root)
+        if state is None or on_disk is None or on_disk.token != state.token:
+            self._state = None  # somebody else's `down` (and a new `up`) came first
             return
         alive = {record.name for record in state.processes if record.alive()}
         if "slurmctld" in alive:
