@@ -1,6 +1,7 @@
 """The bus client: send and receive typed messages, heartbeats and small values.
 
-A stream entry has one field: its name is `<sender>:<number>`, its value the msgpack of one `Message`.
+A stream entry has one field per message: its name is `<sender>:<number>`, its value the msgpack of one
+`Message`. Messages sent together share entries.
 After a lost connection the sender sends again what was not acknowledged; the receiver drops numbers
 that it has seen from that sender, so a message arrives once for as long as the receiver lives.
 Nothing received is ever unpickled.
@@ -13,7 +14,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,9 @@ START = "0-0"
 # One blocking read at most; longer waits are made of several, so that a dead peer is noticed.
 _BLOCK_S = 5.0
 _SOCKET_TIMEOUT_S = 15.0
+# Messages that are sent together share stream entries, up to this much.
+_ENTRY_MESSAGES = 64
+_ENTRY_BYTES = 1 << 20
 _HEARTBEATS = "heartbeats"
 _LOST = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError)
 
@@ -50,14 +54,42 @@ def decode_message(data: bytes) -> Message:
         ) from error
 
 
-def _add(client: Any, stream: str, entries: list[tuple[str, bytes]]) -> None:
-    if len(entries) == 1:
-        client.execute_command("XADD", stream, "*", *entries[0])
-        return
-    with client.pipeline(transaction=False) as pipe:
-        for entry in entries:
-            pipe.execute_command("XADD", stream, "*", *entry)
-        pipe.execute()
+def _bulk(data: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(data), data)
+
+
+def _pack(stream: str, messages: Sequence[tuple[bytes, bytes]]) -> tuple[list[bytes], int]:
+    """XADD commands for numbered messages, several in one entry, and how many commands.
+
+    Written by hand as one buffer: a pipeline of redis-py makes two system calls of each large entry.
+    """
+    start = b"$4\r\nXADD\r\n" + _bulk(stream.encode()) + b"$1\r\n*\r\n"
+    commands: list[bytes] = []
+    entry: list[bytes] = []
+    nbytes = count = 0
+    for number, data in messages:
+        entry += (_bulk(number), b"$%d\r\n" % len(data), data, b"\r\n")
+        nbytes += len(data)
+        if nbytes >= _ENTRY_BYTES or len(entry) == 4 * _ENTRY_MESSAGES or number is messages[-1][0]:
+            commands += (b"*%d\r\n" % (3 + len(entry) // 2), start, *entry)
+            count += 1
+            entry, nbytes = [], 0
+    return commands, count
+
+
+def _add(client: Any, command: bytes, answers: int) -> None:
+    """Send packed commands and read their answers. Raises what redis-py raises."""
+    pool = client.connection_pool
+    connection = pool.get_connection()
+    try:
+        connection.send_packed_command([command])
+        for _ in range(answers):
+            connection.read_response()
+    except BaseException:
+        connection.disconnect()  # answers may be on their way that nobody would read
+        raise
+    finally:
+        pool.release(connection)
 
 
 def _read(client: redis.Redis, stream: str, cursor: str, count: int, block: int | None) -> Any:
@@ -77,7 +109,7 @@ class Bus:
         self._file = bus_file
         self._reconnect_s = reconnect_s
         self._socket_timeout_s = socket_timeout_s
-        self._sender = secrets.token_hex(4)
+        self._sender = secrets.token_hex(4).encode()
         self._numbers = itertools.count(1)
         self._send_lock = threading.Lock()
         self._seen: dict[str, dict[bytes, int]] = {}
@@ -125,13 +157,17 @@ class Bus:
         if not messages:
             return
         with self._send_lock:
-            entries = [(f"{self._sender}:{next(self._numbers)}", _encode(m)) for m in messages]
-            self._call(lambda client: _add(client, stream, entries))
+            numbered = [(b"%b:%d" % (self._sender, next(self._numbers)), _encode(m)) for m in messages]
+            commands, count = _pack(stream, numbered)
+            buffer = b"".join(commands)
+            self._call(lambda client: _add(client, buffer, count))
 
     def receive(
         self, stream: str, *, cursor: str, count: int = 64, block_s: float
     ) -> tuple[list[Message], str]:
-        """Up to `count` messages after `cursor` and the new cursor; waits at most `block_s` for the first.
+        """Messages after `cursor` and the new cursor; waits at most `block_s` for the first.
+
+        `count` bounds the stream entries read, which hold one message each unless more were sent together.
 
         Raises BusLost, and BusDecodeError for an entry that is not a message.
         """
@@ -265,7 +301,7 @@ class Inbox:
         return self._stream
 
     def poll(self, block_s: float, count: int = 64) -> list[Message]:
-        """The next messages, at most `count`; waits at most `block_s` for the first."""
+        """The next messages, of at most `count` entries; waits at most `block_s` for the first."""
         messages, cursor = self._bus.receive(self._stream, cursor=self._cursor, count=count, block_s=block_s)
         if cursor != self._cursor:
             self._cursor = cursor
