@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from hpc_rl.cluster.findings import Finding, PreflightError
 from hpc_rl.cluster.preflight import machine_findings
 from hpc_rl.plan.schema import Plan
@@ -40,20 +44,29 @@ def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, *, sf
     from hpc_rl.data.rows import check_rows, load_rows
 
     where = f"{loaded.where('data', which)}: data.{which}"
-    _use_cache(site)
     try:
-        rows = load_rows(spec)
-        check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED)
+        with _as_in_the_job(site):
+            rows = load_rows(spec)
+            check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED)
     except DataError as error:
         return [Finding("error", where, str(error))]
     return [Finding("ok", where, f"{len(rows)} rows of {rows.name}")]
 
 
-def _use_cache(site: Site) -> None:
-    """Look where the job will look: the site's cache, offline. Works until huggingface_hub is imported."""
-    import os
-
+@contextmanager
+def _as_in_the_job(site: Site) -> Iterator[None]:
+    """Look where the job will look: in the site's cache, offline. (The Hub's libraries read these names
+    when they are first imported, which happens inside.)"""
+    names = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if site.paths.hf_home is not None:
-        os.environ["HF_HOME"] = site.paths.hf_home
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_DATASETS_OFFLINE"] = "1"
+        names["HF_HOME"] = site.paths.hf_home
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -111,8 +111,9 @@ def test_local_gpus_are_split_between_the_roles(plan: Make) -> None:
 
 def test_group_options_win_over_the_site(plan: Make) -> None:
     made = plan(
-        "cluster.policy={partition: mine, account: a, qos: q, constraint: c, mem: 10G, cpus_per_task: 3, image: i}",
-        "cluster.policy.variables.A=2", "cluster.variables={A: 1, B: 1}", "cluster.policy.sbatch=[--exclusive]",
+        "cluster.policy={partition: mine, account: a, qos: q, constraint: c, mem: 10G, cpus_per_task: 3}",
+        "cluster.policy.image=i", "cluster.policy.variables.A=2", "cluster.variables={A: 1, B: 1}",
+        "cluster.policy.sbatch=[--exclusive]",
         account="site", sbatch={"policy": ["--switches=1"], "rollout": []}, variables={"B": "0", "C": "0"},
         mem={"per_node": "800G"},
     )  # fmt: skip
@@ -135,22 +136,23 @@ def test_part_of_a_node_gets_its_share_of_memory(plan: Make) -> None:
     [
         (
             ["policy.parallel={dp_shard: 4, tp: 2, pp: 2}"],
-            "dp_replicate 1 x dp_shard 4 x tp 2 x pp 2 x cp 1 = 16 ranks, but cluster.policy.nodes 1 x 8 GPUs = 8; "
-            "use 2 nodes or fewer ranks",
+            "dp_replicate 1 x dp_shard 4 x tp 2 x pp 2 x cp 1 = 16 ranks, "
+            "but cluster.policy.nodes 1 x 8 GPUs = 8; use 2 nodes or fewer ranks",
         ),
         (
             ["cluster.policy.nodes=3"],
-            "= 8 ranks cannot be spread evenly over cluster.policy.nodes 3; use a number of nodes that divides 8",
+            "= 8 ranks cannot be spread evenly over cluster.policy.nodes 3; "
+            "use a number of nodes that divides 8",
         ),
         (
             ["rollout.replicas=9"],
-            "rollout.replicas: 9 replicas (tp 1 x pp 1 = 1 GPUs per replica) do not fit on cluster.rollout.nodes 1 "
-            "with 8 GPUs each (8 fit); use 2 nodes or 8 replicas",
+            "rollout.replicas: 9 replicas (tp 1 x pp 1 = 1 GPUs per replica) do not fit on "
+            "cluster.rollout.nodes 1 with 8 GPUs each (8 fit); use 2 nodes or 8 replicas",
         ),
         (
             ["rollout={replicas: 3, parallel: {tp: 3}}"],
-            "3 replicas (tp 3 x pp 1 = 3 GPUs per replica) do not fit on cluster.rollout.nodes 1 with 8 GPUs each "
-            "(2 fit); use 2 nodes or 2 replicas",
+            "3 replicas (tp 3 x pp 1 = 3 GPUs per replica) do not fit on cluster.rollout.nodes 1 "
+            "with 8 GPUs each (2 fit); use 2 nodes or 2 replicas",
         ),
         (
             ["rollout={replicas: 1, parallel: {tp: 16}}", "cluster.rollout.nodes=1"],
@@ -172,7 +174,7 @@ def test_what_does_not_fit(plan: Make, overrides: list[str], message: str) -> No
 
 
 def test_time_beyond_the_site(plan: Make) -> None:
-    with pytest.raises(RecipeError, match="cluster.time: is '08:00:00'; site gpus allows 04:00:00"):
+    with pytest.raises(RecipeError, match=r"cluster.time: is '08:00:00'; site gpus allows 04:00:00"):
         plan(time_max="04:00:00")
 
 
@@ -187,7 +189,8 @@ def test_idle_nodes_are_a_warning(plan: Make) -> None:
 def test_a_thousand_nodes_take_less_than_a_second(plan: Make) -> None:
     start = time.perf_counter()
     made = plan(
-        "policy.parallel={dp_replicate: 8, dp_shard: 800}", "policy.batch_size=12800", "cluster.policy.nodes=800",
+        "policy.parallel={dp_replicate: 8, dp_shard: 800}", "policy.batch_size=12800",
+        "cluster.policy.nodes=800",
         "rollout.replicas=1600", "cluster.rollout.nodes=200",
     )  # fmt: skip
     assert time.perf_counter() - start < 1.0

@@ -25,8 +25,8 @@ def test_tp_must_divide_the_heads(plan: Make, model_folder: Folder) -> None:
     with pytest.raises(RecipeError) as caught:
         plan(path, "rollout={replicas: 1, parallel: {tp: 8}}")
     assert str(caught.value) == (
-        "override 'rollout={replicas: 1, parallel: {tp: 8}}': rollout.parallel.tp: tp 8 does not divide the model's "
-        "12 attention heads; use one of [1, 2, 4, 6, 12]"
+        "override 'rollout={replicas: 1, parallel: {tp: 8}}': rollout.parallel.tp: "
+        "tp 8 does not divide the model's 12 attention heads; use one of [1, 2, 4, 6, 12]"
     )
     with pytest.raises(
         RecipeError, match=r"rollout.parallel.tp: tp 3 neither divides nor is a multiple of the model's 2"
@@ -52,7 +52,7 @@ def test_an_unknown_family_is_a_warning(plan: Make, model_folder: Folder) -> Non
 def test_positions_end_somewhere(plan: Make, model_folder: Folder) -> None:
     path = f"model.path={model_folder(**HEADS, max_position_embeddings=2048)}"
     with pytest.raises(
-        RecipeError, match="rollout.max_model_len: is 4096; the model's positions end at 2048"
+        RecipeError, match=r"rollout.max_model_len: is 4096; the model's positions end at 2048"
     ):
         plan(path, "rollout.max_model_len=4096")
 

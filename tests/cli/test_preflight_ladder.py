@@ -1,0 +1,160 @@
+"""The preflight ladder on a small model folder and real rows: each mistake is named; and `fetch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.cli._fetch import FetchError, fetch
+from hpc_rl.cli._preflight import preflight, require
+from hpc_rl.cluster.findings import Finding, PreflightError
+from hpc_rl.cluster.preflight import check_output_root, check_programs
+from hpc_rl.cluster.sites import load_site
+from hpc_rl.plan import Site, make_plan, resolve_recipe
+from hpc_rl.recipe import load_recipe
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder, two rows and a redis-server, all right."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_attention_heads": 2}))
+    (model / "tokenizer.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    rows = [{"question": "1+1?", "answer": "#### 2"}, {"question": "2+2?", "answer": "#### 4"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    redis = tmp_path / "redis-server"
+    redis.write_text("#!/bin/sh\n")
+    redis.chmod(0o755)
+    return tmp_path
+
+
+def run(folder: Path, *overrides: str, site: Site | None = None) -> list[Finding]:
+    loaded = load_recipe(
+        "gsm8k-grpo",
+        [
+            f"model.path={folder}/model", f"data.train.path={folder}/rows.jsonl", "data.eval=null",
+            f"output_root={folder}/runs", "cluster.placement=local", "policy.parallel.dp_shard=1",
+            "rollout={replicas: 1, engine: hf}", f"cluster.controller.redis_server={folder}/redis-server",
+            "cluster.policy.gpus_per_node=0", "cluster.rollout.gpus_per_node=0", *overrides,
+        ],
+    )  # fmt: skip
+    site = site or load_site("local")
+    plan = make_plan(loaded, site)
+    return preflight(loaded, site, plan, resolve_recipe(loaded, site, plan))
+
+
+def errors(findings: list[Finding]) -> list[str]:
+    return [str(finding) for finding in findings if finding.level == "error"]
+
+
+def test_all_right(folder: Path) -> None:
+    findings = run(folder)
+    assert errors(findings) == []
+    require(findings)
+    assert f"2 rows of {folder}/rows.jsonl" in [f.message for f in findings]
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "redis-server", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train.prompt=quest"], "row 0 has no column 'quest'; its columns are 'question', 'answer'"),
+        (["data.train.path=./gone.jsonl"], "gone.jsonl does not exist"),
+        (["model.path=./gone"], "gone does not exist"),
+        (["model.path=org/not-here"], "org/not-here is neither a folder nor in the Hub cache, and jobs"),
+        (["model.tokenizer=org/not-here"], "model.tokenizer: org/not-here is neither a folder nor"),
+        (["cluster.controller.redis_server=/nowhere/redis-server"], "is no executable file"),
+        (["cluster.secrets=[SURELY_NOT_SET_X]"], "SURELY_NOT_SET_X is not set in your environment"),
+        (["cluster.template=./gone.j2"], "gone.j2 does not exist"),
+        (["cluster.policy.image=/x.sif"], "an image is given (/x.sif), but site local has no"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "empty-cache"))
+    findings = run(folder, *overrides)
+    assert any(message in text for text in errors(findings)), errors(findings)
+    with pytest.raises(PreflightError):
+        require(findings)
+
+
+def test_missing_model_names_fetch(folder: Path) -> None:
+    site = Site(name="s", placement="local", paths={"hf_home": str(folder / "hf")})  # type: ignore[arg-type]
+    found = run(folder, "model.path=org/not-here", "model.revision=v1", site=site)
+    assert "org/not-here at revision v1 is neither" in errors(found)[0]
+    assert "run 'hpc-rl fetch" in errors(found)[0]
+
+
+def test_incomplete_models(folder: Path) -> None:
+    weights = folder / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert "model.safetensors is cut short" in errors(run(folder))[0]
+    weights.unlink()
+    assert "has no weights" in errors(run(folder))[0]
+    weights.write_bytes(whole)
+    index = {"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-2.safetensors" in errors(run(folder))[0]
+    (folder / "model" / "model.safetensors.index.json").unlink()
+    (folder / "model" / "tokenizer.json").unlink()
+    assert "has no tokenizer files" in errors(run(folder))[0]
+
+
+def test_output_root_that_cannot_be_written(tmp_path: Path) -> None:
+    assert [f.level for f in check_output_root(str(tmp_path / "a" / "b"))] == ["ok"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in check_output_root(str(tmp_path / "file" / "runs"))[0].message
+    assert "is not writable" in check_output_root("/proc/nowhere")[0].message
+    if os.getuid() != 0:
+        tmp_path.chmod(0o500)
+        assert "is not writable" in check_output_root(str(tmp_path / "runs"))[0].message
+
+
+def test_slurm_programs_that_are_missing() -> None:
+    have = {"sbatch": "/usr/bin/sbatch", "srun": "/usr/bin/srun"}
+    (finding,) = check_programs(have.get)
+    assert finding.message.startswith("scontrol, squeue, sinfo not found on PATH")
+
+
+def test_fetch_of_local_paths_downloads_nothing(folder: Path) -> None:
+    loaded = load_recipe(
+        "gsm8k-grpo", [f"model.path={folder}/model", f"data.train.path={folder}/rows.jsonl", "data.eval=null"]
+    )
+    lines: list[str] = []
+    fetched = fetch(loaded, load_site("local"), say=lines.append, api=object())
+    assert [(f.key, f.commit, f.was_here) for f in fetched] == [
+        ("model.path", None, True),
+        ("data.train.path", None, True),
+    ]
+    assert len(lines) == 2
+    loaded.recipe.model.path = str(folder / "gone")
+    with pytest.raises(FetchError, match=r"model.path: .*gone is a local path and does not exist"):
+        fetch(loaded, load_site("local"), api=object())
+
+
+def test_fetch_without_a_route_is_one_clear_line(folder: Path) -> None:
+    """The real client against a port where nobody listens."""
+    from huggingface_hub import HfApi
+
+    loaded = load_recipe("gsm8k-grpo")
+    site = Site(name="s", paths={"hf_home": str(folder / "hf")})  # type: ignore[arg-type]
+    with pytest.raises(FetchError) as caught:
+        fetch(loaded, site, api=HfApi(endpoint="http://127.0.0.1:9"))
+    text = str(caught.value)
+    assert text.startswith(
+        "model.path: the Hugging Face Hub cannot be reached for Qwen/Qwen2.5-1.5B-Instruct ("
+    )
+    assert text.endswith("run this on a node with internet, or set HF_ENDPOINT to your mirror")
+    assert "\n" not in text
+    assert not (folder / "hf").exists()
