@@ -1,16 +1,22 @@
-"""Run a function in several gloo ranks, with a deadline: the ranks of the torch tests."""
+"""Run a function in several gloo ranks, with a deadline: the ranks of the torch tests.
+
+The ranks are forked from a server that has torch imported already, so that starting them costs little.
+"""
 
 from __future__ import annotations
 
-import importlib
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["hpc_rl.models.hf.model", "torch.distributed.tensor"])
 
 
 def run_ranks(
@@ -18,55 +24,58 @@ def run_ranks(
 ) -> None:
     """Call `function(rank, world_size, *args)` in `world_size` processes with a default gloo group.
 
-    `function` is a module-level function of a test module, `args` are JSON. Fails with the output of
-    the ranks when one exits with an error or the deadline passes.
+    `function` is a module-level function of a test module. Fails with the output of the ranks when one
+    exits with an error or the deadline passes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    store = folder / f"store-{os.urandom(4).hex()}"
-    root = Path(__file__).resolve().parents[1]
-    code = Path(sys.modules[function.__module__].__file__ or "").resolve()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    paths = [str(root), str(root / "tests"), str(code.parent)]
-    env["PYTHONPATH"] = os.pathsep.join([*paths, env.get("PYTHONPATH", "")])
-    call = json.dumps([code.stem, function.__name__, world_size, str(store), list(args)], default=str)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, call, str(rank)],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    token = os.urandom(4).hex()
+    logs = [folder / f"rank_{rank}_{token}.log" for rank in range(world_size)]
+    ranks = [
+        _CONTEXT.Process(
+            target=_rank_main,
+            args=(function, rank, world_size, str(folder / f"store_{token}"), str(log), args),
         )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    outputs = []
+        for rank, log in enumerate(logs)
+    ]
+    deadline = time.monotonic() + limit_s
     try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=limit_s)[0])
+        for rank in ranks:
+            rank.start()
+        while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+            if any(rank.exitcode not in (None, 0) for rank in ranks):
+                break  # the others wait for it in a collective
+            time.sleep(0.05)
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                outputs.append(process.communicate()[0])
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * world_size, "\n".join(f"--- rank {r}\n{o[-3000:]}" for r, o in enumerate(outputs))
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    codes = [rank.exitcode for rank in ranks]
+    said = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs if log.exists())
+    assert codes == [0] * world_size, f"exit codes {codes}\n{said}"
 
 
-def _rank_main() -> None:
-    module_name, name, world_size, store_path, args = json.loads(sys.argv[1])
-    rank = int(sys.argv[2])
+def _rank_main(
+    function: Callable[..., Any], rank: int, world_size: int, store: str, log: str, args: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store_path, world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=200),
-    )
-    getattr(importlib.import_module(module_name), name)(rank, world_size, *args)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _rank_main()
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=200),
+        )
+        function(rank, world_size, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001 -- the parent shows it
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

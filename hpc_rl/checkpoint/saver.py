@@ -47,7 +47,6 @@ class _Flight:
     step: int
     folder: Path
     began: float
-    written: bool = False
 
 
 class Saver:
@@ -60,13 +59,14 @@ class Saver:
         self._buffer: mmap.mmap | None = None
         self._process: subprocess.Popen[str] | None = None
         self._flight: _Flight | None = None
+        self._ended: list[SaveResult] = []
         self._unfinished: list[_Flight] = []  # on rank 0: waiting for the reports of the others
 
     def stage(self, step: int, folder: Path, state: dict[str, Tensor]) -> float:
         """Copy this rank's part of `state` and start writing it to `folder`; the stall in seconds.
 
-        Waits first for an earlier save that is still being written. Raises SaveError if that takes
-        longer than the time limit, or if its writer failed.
+        Waits first for an earlier save that is still being written; how it ended comes with the next
+        `poll`. Raises SaveError if it takes longer than the time limit.
         """
         began = time.monotonic()
         self._settle(began + self.timeout_s)
@@ -74,24 +74,20 @@ class Saver:
         request = Request(str(folder), f"__{self.rank}_", self._report(self.rank), self._size, pieces)
         process = self._writer()
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(request).decode() + "\n")
-        process.stdin.flush()
         self._flight = _Flight(step, folder, began)
+        try:
+            process.stdin.write(msgspec.json.encode(request).decode() + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            LOG.error("the writer process of rank %d is gone", self.rank)  # `poll` says so of this save
         if self.rank == 0:
             self._unfinished.append(self._flight)
         return time.monotonic() - began
 
     def poll(self) -> list[SaveResult]:
         """Saves that ended since the last call. On ranks other than 0 only failures of their own."""
-        results = []
-        if self._flight is not None:
-            error = self._answer(0.0)
-            if error is not None:
-                flight, self._flight = self._flight, None
-                flight.written = True
-                if error:
-                    self._tell(flight, error)
-                    results.append(self._failed(flight, error))
+        self._take_answer(0.0)
+        results, self._ended = self._ended, []
         for flight in list(self._unfinished):
             results += self._finish(flight)
         return results
@@ -154,16 +150,21 @@ class Saver:
     # --- the end of a save ---------------------------------------------------------------------------
     def _settle(self, deadline: float) -> None:
         """The buffer is free once the writer has answered."""
-        while self._flight is not None and not self._flight.written:
-            left = deadline - time.monotonic()
-            error = self._answer(max(0.0, left))
-            if error is None:
-                raise SaveError(f"the writer of rank {self.rank} has not finished step {self._flight.step}")
-            self._flight.written = True
-            if error:
-                self._tell(self._flight, error)
-                raise SaveError(f"step {self._flight.step}: {error}")
-        self._flight = None
+        if self._flight is not None and not self._take_answer(max(0.0, deadline - time.monotonic())):
+            raise SaveError(f"the writer of rank {self.rank} has not finished step {self._flight.step}")
+
+    def _take_answer(self, wait_s: float) -> bool:
+        """Whether the writer is idle now; a failure is noted for `poll` and left for rank 0."""
+        if self._flight is None:
+            return True
+        error = self._answer(wait_s)
+        if error is None:
+            return False
+        flight, self._flight = self._flight, None
+        if error:
+            self._tell(flight, error)
+            self._ended.append(self._failed(flight, error))
+        return True
 
     def _answer(self, wait_s: float) -> str | None:
         """None while the writer works, "" when it has written, else what went wrong."""

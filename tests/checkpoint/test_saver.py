@@ -80,7 +80,7 @@ def test_a_failed_write_is_reported_and_the_next_save_works(tmp_path: Path) -> N
         saver.close()
 
 
-def test_a_dead_writer_is_an_error_not_a_hang(tmp_path: Path) -> None:
+def test_a_dead_writer_is_reported_and_replaced(tmp_path: Path) -> None:
     saver = Saver(0, 1, "t")
     try:
         saver.stage(1, tmp_path / "a", state_of(1))
@@ -88,10 +88,12 @@ def test_a_dead_writer_is_an_error_not_a_hang(tmp_path: Path) -> None:
         assert saver._process is not None
         saver._process.kill()
         saver._process.wait()
-        with pytest.raises(BrokenPipeError):
-            saver.stage(2, tmp_path / "b", state_of(2))
+        saver.stage(2, tmp_path / "b", state_of(2))
+        (failed,) = saver.wait()
+        assert "ended with code -9" in failed.error
+        saver.stage(3, tmp_path / "c", state_of(3))
+        assert [r.error for r in saver.wait()] == [""]
     finally:
-        saver._process = None
         saver.close()
 
 

@@ -84,6 +84,12 @@ def load_weights(module: Any, files: dict[str, Path], transforms: list[Any]) -> 
         LOG.warning("%d tensors of the files are not used: %s", len(unexpected), ", ".join(unexpected[:5]))
 
 
+def resolve_names(module: Any, files: dict[str, Path], transforms: list[Any]) -> None:
+    """Only note on `module` which of the possible spellings `files` use."""
+    _plan(module, files, transforms, module.state_dict(keep_vars=True))
+    module._weight_conversions = [t for t in transforms if t.was_used()]
+
+
 def _plan(
     module: Any, files: dict[str, Path], transforms: list[Any], targets: dict[str, Tensor]
 ) -> tuple[dict[str, Any], list[str]]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from hpc_rl.models.base import ModelError, ParallelSpec
 from hpc_rl.models.hf.folder import load_config, model_folder, weight_files
-from hpc_rl.models.hf.loading import load_weights, materialise
+from hpc_rl.models.hf.loading import load_weights, materialise, resolve_names
 from hpc_rl.models.hf.sharding import layers, needs_sharding, shard
 from hpc_rl.recipe.schema import Model
 
@@ -59,8 +59,7 @@ class HfModel:
             if bucket and nbytes + size > max_bytes:
                 yield bucket
                 bucket, nbytes = [], 0
-            gathered = {name: self._gather(p) for name, p in unit.items()}
-            bucket += list(revert_weight_conversion(self.module, gathered).items())
+            bucket += list(revert_weight_conversion(self.module, self.gather(unit)).items())
             nbytes += size
         if bucket:
             yield bucket
@@ -88,11 +87,15 @@ class HfModel:
         return list(units.values())
 
     @torch.no_grad()
-    def _gather(self, value: Tensor) -> Tensor:
-        value = value.detach()
-        if value.is_floating_point():
-            value = value.to(self.file_dtype)
-        return value.full_tensor() if isinstance(value, DTensor) else value
+    def gather(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Full tensors of `unit` (by name in memory) in the file's dtype. A collective when sharded."""
+        full = {}
+        for name, parameter in unit.items():
+            value = parameter.detach()
+            if value.is_floating_point():
+                value = value.to(self.file_dtype)
+            full[name] = value.full_tensor() if isinstance(value, DTensor) else value
+        return full
 
 
 def check_parallel(mesh: dict[str, int]) -> None:
@@ -128,6 +131,16 @@ def build(spec: Model, parallel: ParallelSpec) -> HfModel:
     _check_ties(module)
     module.train()
     return HfModel(module, folder, getattr(torch, spec.dtype), sharded)
+
+
+def skeleton(spec: Model) -> tuple[Any, Path]:
+    """`(module on meta, model folder)`: names, shapes and their way to the file's names; no weights."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    folder = model_folder(spec.path, spec.revision)
+    module = _on_meta(folder, spec)
+    resolve_names(module, weight_files(folder), get_model_conversion_mapping(module))
+    return module, folder
 
 
 def _on_meta(folder: Path, spec: Model) -> Any:

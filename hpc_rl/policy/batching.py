@@ -1,0 +1,71 @@
+"""From train samples to the tensors of one packed forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_rl.algorithms.base import TokenBatch
+from hpc_rl.types import TrainSample
+
+
+@dataclass
+class PackedBatch:
+    """`input_ids` and `position_ids` [T] of sequences laid end to end; `keep` [N] are the positions
+    whose next token is trained on, and `tokens` those next tokens."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    keep: Tensor
+    tokens: TokenBatch
+
+
+def pack_samples(samples: list[TrainSample], denominator: float, device: torch.device) -> PackedBatch:
+    """One row out of `samples`. Without any trained token the row still has one masked position, because
+    every rank must run a forward and a backward for its peers' collectives."""
+    ids, positions, keep, targets, sequence, sampler, advantages = [], [], [], [], [], [], []
+    start = 0
+    for number, sample in enumerate(samples):
+        length = len(sample.token_ids)
+        mask = np.asarray(sample.loss_mask, dtype=bool)
+        if mask[:1].any():
+            raise ValueError(f"sample {sample.ordinal}.{sample.sample}: nothing predicts the first token")
+        trained = np.nonzero(mask)[0]
+        tokens = np.asarray(sample.token_ids, dtype=np.int64)
+        ids.append(tokens)
+        positions.append(np.arange(length))
+        keep.append(start + trained - 1)
+        targets.append(tokens[trained])
+        sequence.append(np.full(len(trained), number))
+        sampler.append(np.asarray(sample.log_probs, dtype=np.float32)[trained])
+        advantages.append(np.asarray(sample.advantages, dtype=np.float32)[trained])
+        start += length
+    trained_tokens = sum(len(k) for k in keep)
+    mask = np.ones(trained_tokens, dtype=np.float32)
+    if trained_tokens == 0:
+        keep, targets, sequence = [np.zeros(1)], [np.zeros(1)], [np.zeros(1)]
+        sampler, advantages, mask = [np.zeros(1)], [np.zeros(1)], np.zeros(1)
+    if start == 0:
+        ids, positions = [np.zeros(1)], [np.zeros(1)]
+
+    def put(parts: list[np.ndarray] | np.ndarray, dtype: torch.dtype) -> Tensor:
+        array = np.concatenate(parts) if isinstance(parts, list) else parts
+        return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
+
+    return PackedBatch(
+        put(ids, torch.long),
+        put(positions, torch.long),
+        put(keep, torch.long),
+        TokenBatch(
+            targets=put(targets, torch.long),
+            mask=put(mask, torch.float32),
+            sequence=put(sequence, torch.long),
+            num_sequences=max(1, len(samples)),
+            denominator=denominator,
+            sampler_log_probs=put(sampler, torch.float32),
+            advantages=put(advantages, torch.float32),
+        ),
+    )

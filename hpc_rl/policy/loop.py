@@ -1,0 +1,174 @@
+"""The policy's command loop: one message after the other, the same on every rank.
+
+The controller writes the same sequence of commands to each rank's inbox, so collectives pair up without
+any further agreement. Rank 0 answers; the other ranks only say that they are ready and that they stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from hpc_rl.bus import messages as m
+from hpc_rl.policy.trainer import Trainer, TrainerContext, make_trainer
+from hpc_rl.recipe.extensions import registry
+from hpc_rl.roles import RoleProcess
+from hpc_rl.telemetry.console import step_line
+from hpc_rl.weights.protocol import PushResult, Sender, drain
+
+LOAD_LIMIT_S = 3600.0
+STEP_LIMIT_S = 3600.0
+SAVE_LIMIT_S = 1800.0
+IDLE_POLL_S = 0.5
+BUSY_POLL_S = 0.05
+
+
+class PolicyLoop:
+    """Runs one rank until `Stop`."""
+
+    def __init__(self, role: RoleProcess) -> None:
+        self.role, self.rank = role, role.index
+        self.world_size = role.plan.mesh.world_size
+        self.weights = role.recipe.rollout.weights if role.recipe.rollout is not None else None
+        self.context = TrainerContext(
+            recipe=role.recipe,
+            plan=role.plan,
+            run_dir=role.run_dir,
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=role.attempt,
+            incarnation=role.incarnation,
+            bus_file=role.run_dir.bus_file(role.attempt),
+            log=role.log,
+        )
+        self.trainer: Trainer = make_trainer(self.context)
+        self._sender: Sender | None = None
+        self._writing = 0  # on rank 0: checkpoints and exports whose end has not been reported
+
+    def run(self) -> None:
+        role = self.role
+        role.register()
+        role.phase("load", LOAD_LIMIT_S)
+        began = time.monotonic()
+        step = self.trainer.load()
+        role.step = step
+        role.log.info("loaded in %.1f s at step %d: %s", time.monotonic() - began, step, self.trainer.info())
+        role.send(m.PolicyReady(self.rank, step, self.trainer.info()))
+        role.phase("idle")
+        while True:
+            for message in role.inbox.poll(BUSY_POLL_S if self._writing else IDLE_POLL_S):
+                if isinstance(message, m.Stop):
+                    self._stop(message)
+                    return
+                self._handle(message)
+                self._report(self.trainer.poll())
+            self._report(self.trainer.poll())
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+        self.trainer.close()
+
+    def _handle(self, message: m.Message) -> None:
+        match message:
+            case m.TrainStep():
+                self._train(message)
+            case m.PushWeights():
+                self._push(message)
+            case m.SaveCheckpoint():
+                self._save(message)
+            case m.ExportModel():
+                self._export(message)
+            case _:
+                raise AssertionError(f"the policy has no use for {type(message).__name__}")
+
+    def _train(self, message: m.TrainStep) -> None:
+        began = time.monotonic()
+        with self.role.within("step", STEP_LIMIT_S):
+            metrics = self.trainer.train_step(message)
+        seconds = time.monotonic() - began
+        self.role.step = message.step
+        if self.rank == 0:
+            row = {**metrics, "step": message.step, "time/step_s": seconds}
+            self.role.log.info("%s", step_line(row, self.trainer.total_steps or None))
+            self.role.send(m.StepDone(message.step, seconds, metrics))
+
+    def _push(self, message: m.PushWeights) -> None:
+        assert self.weights is not None, "a run without rollouts was told to push weights"
+        source = self.trainer.source()
+        limit = self.weights.timeout_s
+        with self.role.within("sync", limit + 60.0):
+            if self.rank != 0:
+                drain(source, self.weights.bucket_mb << 20)
+                return
+            result: PushResult = self._get_sender().push(
+                message.version, source, message.replicas, message.incarnations
+            )
+        failed = {str(replica): reason for replica, reason in result.failed.items()}
+        self.role.send(m.WeightsPushed(message.version, result.seconds, result.nbytes, failed))
+
+    def _get_sender(self) -> Sender:
+        if self._sender is None:
+            assert self.weights is not None
+            assert self.role.recipe.rollout is not None
+            transport = registry("transports").load(self._transport())
+            parallel = self.role.recipe.rollout.parallel
+            self._sender = transport.sender(
+                self.context.bus_file,
+                attempt=self.role.attempt,
+                workers=parallel.tp * parallel.pp,
+                bucket_bytes=self.weights.bucket_mb << 20,
+                timeout_s=self.weights.timeout_s,
+            )
+        assert self._sender is not None
+        return self._sender
+
+    def _transport(self) -> str:
+        assert self.weights is not None
+        if self.weights.transport != "auto":
+            return self.weights.transport
+        on_gpu = self.role.plan.group("rollout").gpus_per_task > 0
+        return "nccl" if on_gpu and self.role.plan.group("policy").gpus_per_task > 0 else "gloo"
+
+    def _save(self, message: m.SaveCheckpoint) -> None:
+        folder = self.role.run_dir.checkpoint(message.step) / "policy"
+        with self.role.within("save", SAVE_LIMIT_S):
+            stall = self.trainer.stage_checkpoint(message.step, folder, message.sync)
+        if self.rank == 0:
+            self._writing += 1
+            self.role.send(m.CheckpointStaged(message.step, stall))
+
+    def _export(self, message: m.ExportModel) -> None:
+        with self.role.within("export", SAVE_LIMIT_S):
+            self.trainer.export(message.step, message.label, self.role.run_dir.safetensors / message.label)
+        if self.rank == 0:
+            self._writing += 1
+
+    def _report(self, results: Iterable[m.CheckpointSaved | m.ModelExported]) -> None:
+        for result in results:
+            self._writing = max(0, self._writing - 1)
+            if result.error:
+                self.role.log.error("%s", result)
+            elif isinstance(result, m.CheckpointSaved):
+                folder = self.role.run_dir.checkpoint(result.step)
+                self.role.log.info("checkpoint of step %d on disk: %s", result.step, folder)
+            else:
+                self.role.log.info("export of step %d finished: %s", result.step, result.path)
+            if self.rank == 0:
+                self.role.send(result)
+
+    def _stop(self, message: m.Stop) -> None:
+        with self.role.within("stop", SAVE_LIMIT_S):
+            self._report(self.trainer.finish())
+        self.role.log.info("stopped: %s", message.reason)
+        self.role.send(m.RoleStopped("policy", self.rank))
+
+
+def body(role: RoleProcess) -> int:
+    """What `python -m hpc_rl.policy` runs."""
+    loop = PolicyLoop(role)
+    try:
+        loop.run()
+    finally:
+        loop.close()
+    return 0

@@ -1,0 +1,62 @@
+"""SFT batches as a pure function of (data, seed, step): resuming needs no loader state at all.
+
+Every rank works out the whole batch and takes its part. Tokenising the same rows on each rank costs less
+than telling each other the lengths, and leaves no collective in the data path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpc_rl.data.encode import encode_completion
+from hpc_rl.data.order import row_of, step_ordinals, steps_of_epochs
+from hpc_rl.data.packing import pack, pack_fixed
+from hpc_rl.data.rows import Rows
+from hpc_rl.recipe.schema import DatasetSpec, Policy
+from hpc_rl.types import TrainSample
+
+
+class SftData:
+    """Sequences of the recipe's training data, `batch_size` per step."""
+
+    def __init__(
+        self, rows: Rows, spec: DatasetSpec, tokenizer: Any, policy: Policy, seed: int, data_parallel: int
+    ) -> None:
+        self._rows, self._spec, self._tokenizer = rows, spec, tokenizer
+        self._policy, self._seed, self._data_parallel = policy, seed, data_parallel
+        self.total_steps = total_steps(policy, len(rows))
+        # With epochs the run ends with the last row; with steps it goes round.
+        self._end = None if policy.steps is not None else len(rows) * (policy.epochs or 1)
+
+    def samples(self, step: int) -> list[TrainSample]:
+        """The sequences of `step` (1-based), in order. The last step of an epoch run may have fewer."""
+        found = []
+        for ordinal in step_ordinals(step, self._policy.batch_size):
+            if self._end is not None and ordinal >= self._end:
+                break
+            _, row = row_of(ordinal, len(self._rows), self._seed, self._spec.shuffle)
+            where = f"{self._rows.name}: row {row}"
+            ids, mask = encode_completion(self._tokenizer, self._rows[row], self._spec, where)
+            if self._policy.max_length is not None:
+                ids, mask = ids[: self._policy.max_length], mask[: self._policy.max_length]
+            zeros = [0.0] * len(ids)
+            found.append(TrainSample(ordinal, 0, ids, mask, zeros, zeros))
+        return found
+
+    def micro_batches(self, step: int, rank: int) -> tuple[list[list[TrainSample]], float]:
+        """`(micro-batches of data-parallel rank `rank`, trained tokens of the whole step)`."""
+        samples = self.samples(step)
+        lengths = [len(sample.token_ids) for sample in samples]
+        if self._policy.micro_batch_size is not None:
+            plan = pack_fixed(lengths, self._policy.micro_batch_size, self._data_parallel)
+        else:
+            plan = pack(lengths, self._policy.micro_batch_tokens or max(lengths), self._data_parallel)
+        tokens = float(sum(sum(sample.loss_mask) for sample in samples))
+        return [[samples[i] for i in indices] for indices in plan[rank]], tokens
+
+
+def total_steps(policy: Policy, rows: int, per_row: int = 1) -> int:
+    """Optimizer steps of the run; each row makes `per_row` sequences (the group size, for RL)."""
+    if policy.steps is not None:
+        return policy.steps
+    return steps_of_epochs(rows, max(1, policy.batch_size // per_row), policy.epochs or 1)
