@@ -2,7 +2,9 @@
 
 It asks for a password that is in a 0600 file only, listens on the addresses the placement needs,
 and keeps an append-only file in a private folder on node-local disk, so that a Redis that was killed
-comes back with every acknowledged message. What must survive the node is in the controller's snapshot.
+comes back with every acknowledged message: it writes to the file before it answers. It leaves the
+fsync to the kernel (`everysec` holds writes back while an fsync runs, and a kill then loses them);
+what must survive the node is in the controller's snapshot.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ logfile {log}
 daemonize no
 save ""
 appendonly yes
-appendfsync everysec
+appendfsync no
 maxmemory 0
 maxmemory-policy noeviction
 tcp-keepalive 60

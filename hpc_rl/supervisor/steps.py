@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -120,8 +121,12 @@ def _kill_group(pid: int) -> None:
         pass
 
 
+# A line of the roles' own log that is no complaint (`roles/process.py` sets the format).
+_QUIET = re.compile(r"^\d\d:\d\d:\d\d (DEBUG|INFO|WARNING) ")
+
+
 def last_words(logs: Sequence[Path]) -> str:
-    """The last line of the first log that has any: what a process said that left no cause of its own."""
+    """The last complaint in the first log that has any, for what ended without leaving a cause."""
     for log in logs:
         try:
             with open(log, "rb") as file:
@@ -129,7 +134,7 @@ def last_words(logs: Sequence[Path]) -> str:
                 lines = file.read().decode(errors="replace").splitlines()
         except FileNotFoundError:
             continue
-        words = [line.strip() for line in lines if line.strip()]
+        words = [line.strip() for line in lines if line.strip() and not _QUIET.match(line)]
         if words:
             return words[-1][:300]
     return ""

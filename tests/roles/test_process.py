@@ -21,6 +21,7 @@ from hpc_rl.plan.schema import Group, Mesh, Plan
 from hpc_rl.recipe.dump import dump_resolved
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
+from hpc_rl.run.process import start_ticks
 from hpc_rl.run.secrets import store_secrets
 
 pytestmark = pytest.mark.redis
@@ -246,9 +247,9 @@ with again:
 """
     launch(body, "--rank", "0")
     told = heard(bus, m.Register)
-    helper = Path(f"/proc/{told.info['helper']}")
-    assert helper.exists()
-    until(lambda: not helper.exists() and not Path(f"/proc/{told.pid}").exists(), "the orphan to end")
+    helper = int(told.info["helper"])
+    assert start_ticks(helper)
+    until(lambda: start_ticks(helper) is None and start_ticks(told.pid) is None, "the orphan to end")
     cause = json.loads((run.attempt_logs(1) / "cause_rollout_4.json").read_text())
     assert "parent process" in cause["cause"]
 

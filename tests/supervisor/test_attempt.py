@@ -18,6 +18,7 @@ from hpc_rl.bus.client import Bus
 from hpc_rl.run.attempts import read_attempts
 from hpc_rl.run.events import read_events
 from hpc_rl.run.paths import RunDir
+from hpc_rl.run.process import start_ticks
 
 pytestmark = pytest.mark.redis
 Start = Callable[..., Supervised]
@@ -174,7 +175,7 @@ def test_what_a_role_leaves_behind_dies_with_it(tmp_path: Path, supervised: Star
     assert one.wait() == 0, one.logs()
     (line,) = [li for li in (run.logs / "latest/policy_0.log").read_text().splitlines() if "helper" in li]
     helper = int(line.split("helper ")[1].split()[0])
-    assert not Path(f"/proc/{helper}").exists()
+    assert start_ticks(helper) is None
 
 
 def test_a_killed_supervisor_takes_its_children_along(tmp_path: Path, supervised: Start) -> None:
