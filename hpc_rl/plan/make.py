@@ -8,6 +8,7 @@ from pathlib import Path
 from hpc_rl.catalog.facts import ModelFacts, ModelFilesError, read_facts
 from hpc_rl.catalog.families import policy_tp_error, rollout_tp_error
 from hpc_rl.catalog.local_models import find_model
+from hpc_rl.catalog.trainers import unsupported_dimensions
 from hpc_rl.plan.groups import Placement, Sizer
 from hpc_rl.plan.memory import estimate, memory_warnings
 from hpc_rl.plan.schema import Mesh, Plan
@@ -36,6 +37,11 @@ def make_plan(loaded: LoadedRecipe, site: Site) -> Plan:
         text = "a reward group is not available; rewards run beside the replicas"
         problems.append(loaded.problem(text, "cluster", "reward"))
     mesh = Mesh(**recipe.policy.parallel.model_dump())
+    for name in unsupported_dimensions(recipe.policy.trainer, mesh.model_dump()):
+        text = f"is {getattr(mesh, name)}; trainer {recipe.policy.trainer} shards by dp_replicate and dp_shard"
+        problems.append(loaded.problem(f"{text}, keep 1", "policy", "parallel", name))
+    if recipe.model.lora is not None and recipe.policy.trainer == "fsdp2":
+        problems.append(loaded.problem("trainer fsdp2 trains all weights; set it to null", "model", "lora"))
     facts = _facts(loaded, site, problems)
     warnings = sizer.warnings
     memory = None

@@ -12,7 +12,9 @@ import pytest
 
 from hpc_rl.plan import Plan, Site, make_plan
 from hpc_rl.recipe import load_recipe
+from hpc_rl.recipe.extensions import register
 
+ANY_MESH = "any-mesh"
 GPU_SITE = {
     "name": "gpus",
     "gpus": {"style": "gres", "per_node": 8, "memory_gb": 80},
@@ -22,10 +24,13 @@ GPU_SITE = {
 
 @pytest.fixture
 def plan() -> Callable[..., Plan]:
-    """plan(*overrides, recipe=..., **site keys) works out a plan."""
+    """plan(*overrides, recipe=..., **site keys) works out a plan, for a plugin's trainer that can do all."""
+    register("trainers", ANY_MESH, implementation="their_trainer:Trainer")
 
-    def make(*overrides: str, recipe: str = "gsm8k-grpo", **keys: Any) -> Plan:
-        return make_plan(load_recipe(recipe, overrides), Site(**{**GPU_SITE, **keys}))
+    def make(*overrides: str, recipe: str = "gsm8k-grpo", trainer: str = ANY_MESH, **keys: Any) -> Plan:
+        return make_plan(
+            load_recipe(recipe, [f"policy.trainer={trainer}", *overrides]), Site(**{**GPU_SITE, **keys})
+        )
 
     return make
 

@@ -36,6 +36,16 @@ def test_tp_must_divide_the_heads(plan: Make, model_folder: Folder) -> None:
         plan(path, "policy.parallel={dp_shard: 2, tp: 4}")
 
 
+def test_a_mesh_that_the_trainer_cannot_do_is_refused(plan: Make) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan("policy.parallel={dp_shard: 2, tp: 2, cp: 2}", trainer="fsdp2")
+    assert str(caught.value).splitlines() == [
+        f"override 'policy.parallel={{dp_shard: 2, tp: 2, cp: 2}}': policy.parallel.{name}: is 2; "
+        "trainer fsdp2 shards by dp_replicate and dp_shard, keep 1"
+        for name in ("tp", "cp")
+    ]
+
+
 def test_nested_text_config_of_a_vision_model_counts(plan: Make, model_folder: Folder) -> None:
     path = f"model.path={model_folder(model_type='qwen2_5_vl', text_config=HEADS)}"
     with pytest.raises(RecipeError, match="12 attention heads"):
