@@ -38,8 +38,8 @@ def make_plan(loaded: LoadedRecipe, site: Site) -> Plan:
         problems.append(loaded.problem(text, "cluster", "reward"))
     mesh = Mesh(**recipe.policy.parallel.model_dump())
     for name in unsupported_dimensions(recipe.policy.trainer, mesh.model_dump()):
-        text = f"is {getattr(mesh, name)}; trainer {recipe.policy.trainer} shards by dp_replicate and dp_shard"
-        problems.append(loaded.problem(f"{text}, keep 1", "policy", "parallel", name))
+        able = f"trainer {recipe.policy.trainer} shards by dp_replicate and dp_shard, keep 1"
+        problems.append(loaded.problem(f"is {getattr(mesh, name)}; {able}", "policy", "parallel", name))
     if recipe.model.lora is not None and recipe.policy.trainer == "fsdp2":
         problems.append(loaded.problem("trainer fsdp2 trains all weights; set it to null", "model", "lora"))
     facts = _facts(loaded, site, problems)
