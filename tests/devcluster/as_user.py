@@ -29,8 +29,7 @@ def main(folder: Path) -> dict[str, object]:
         job = HetJob(cluster, folder / "job").submit(obedient=True).started()
         partitions = {e["who"]: e["env"]["SLURM_JOB_PARTITION"] for e in job.events("task", "start")}
         cluster.run("scontrol", "requeue", job.job_id)
-        job.wait(lambda: set(job.states()) == {"PENDING"}, "the requeued job to be pending")
-        cluster.run("scontrol", "update", f"jobid={job.job_id}", "StartTime=now")
+        job.poke_after_requeue()
         job.started(attempt=2)
         restarts = job.show("Restarts")
         cluster.run("scancel", job.job_id)

@@ -71,12 +71,11 @@ class HetJob:
         deadline = time.monotonic() + seconds
         while not ready():
             if time.monotonic() > deadline:
-                queue = self.cluster.run("squeue", "--all", check=False).stdout
+                queue = self.cluster.run("squeue", "--states=all", check=False).stdout
                 log = self.folder / "batch.log"
                 text = log.read_text()[-1000:] if log.exists() else ""
-                raise TimeoutError(
-                    f"{waiting_for} within {seconds} s; events {self.events()}; {queue}; {text}"
-                )
+                events = [{k: v for k, v in e.items() if k != "env"} for e in self.events()]
+                raise TimeoutError(f"{waiting_for} within {seconds} s; {events}; {queue}; {text}")
             time.sleep(0.05)
 
     def states(self) -> list[str]:
@@ -98,6 +97,12 @@ class HetJob:
 
     def tasks_alive(self) -> dict[str, bool]:
         return {e["who"]: alive(e["pid"]) for e in self.events("task", "start")}
+
+    def poke_after_requeue(self) -> None:
+        """Skip the wait of a requeued job, but not all of it: see docs/log.md, "StartTime=now"."""
+        self.wait(lambda: set(self.states()) == {"PENDING"}, "both components to be pending")
+        time.sleep(2)
+        self.cluster.run("scontrol", "update", f"jobid={self.job_id}", "StartTime=now")
 
     def cancel(self) -> None:
         self.cluster.run("scancel", "--quiet", self.job_id, check=False)

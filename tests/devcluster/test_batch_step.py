@@ -110,8 +110,7 @@ def test_start_time_now_skips_the_wait_after_a_requeue(het_job: Submit) -> None:
     job = het_job(obedient=True)
     job.cluster.run("scontrol", "requeue", job.job_id)
     begun = time.monotonic()
-    job.wait(lambda: set(job.states()) == {"PENDING"}, "both components to be pending")
-    job.cluster.run("scontrol", "update", f"jobid={job.job_id}", "StartTime=now")
+    job.poke_after_requeue()
     job.started(attempt=2)
     assert time.monotonic() - begun < 10
 
