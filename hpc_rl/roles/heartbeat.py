@@ -1,12 +1,15 @@
 """The heartbeat thread: says every two seconds that the process lives and what it is doing.
 
 It also watches what the process hangs on: when the bus is lost for good or the parent is gone, the
-process has no purpose any more and ends, with its cause on disk.
+process has no purpose any more and ends, with its cause on disk. And it is how the supervisor asks a
+step to end: Slurm has no safe way to send SIGTERM to the tasks of one step (the death of its `srun` kills
+them at once), so the supervisor leaves a word on the bus and the thread raises SIGTERM here.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +21,11 @@ from hpc_rl.bus.errors import BusLost
 INTERVAL_S = 2.0
 
 
+def end_key(role: str, index: int) -> str:
+    """The bus value that asks the step of `role` to end: it holds the incarnation that is meant."""
+    return f"end:{role}:{0 if role == 'policy' else index}"
+
+
 class Heartbeat:
     """Beats until `stop`. `payload` is called for each beat; `orphaned(cause)` must end the process."""
 
@@ -26,6 +34,7 @@ class Heartbeat:
         bus: Bus,
         role: str,
         index: int,
+        incarnation: int,
         payload: Callable[[], dict[str, Any]],
         orphaned: Callable[[str], None],
     ) -> None:
@@ -33,6 +42,7 @@ class Heartbeat:
         self._who = (role, index)
         self._payload = payload
         self._orphaned = orphaned
+        self._end_word = str(incarnation).encode()
         self._parent = os.getppid()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -52,6 +62,9 @@ class Heartbeat:
                 self._orphaned(f"the parent process {self._parent} is gone")
             try:
                 self._bus.heartbeat(*self._who, self._payload())
+                if self._bus.get_value(end_key(*self._who)) == self._end_word:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
             except BusLost as error:
                 if not self._stopping.is_set():
                     self._orphaned(f"BusLost: {error}")

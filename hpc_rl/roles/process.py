@@ -168,7 +168,9 @@ class RoleProcess:
         self.inbox = Inbox(
             self.bus, stream, cursor=START if self.incarnation == 1 else self.bus.end_of(stream)
         )
-        self._heartbeat = Heartbeat(self.bus, self.role, self.index, self._payload, self._orphaned)
+        self._heartbeat = Heartbeat(
+            self.bus, self.role, self.index, self.incarnation, self._payload, self._orphaned
+        )
         self._heartbeat.start()
 
     def _payload(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from hpc_rl.bus.client import Bus, Inbox
 from hpc_rl.bus.errors import BusError, BusLost
 from hpc_rl.bus.messages import Interrupt, Message, StartRole, StepExited, StepStarted, StopRole, inbox
+from hpc_rl.roles.heartbeat import end_key
 from hpc_rl.run.events import EventLog, cause_file, clear_cause
 from hpc_rl.run.lock import RunLock
 from hpc_rl.run.paths import RunDir
@@ -201,7 +202,16 @@ class AttemptLoop:
             return
         LOG.info("stopping %s %d: %s", *key, wanted.reason)
         self._stopping[key] = Stopping(time.monotonic() + wanted.grace_s)
-        self._steps[key].terminate()
+        self._ask_to_end(self._steps[key])
+
+    def _ask_to_end(self, step: Step) -> None:
+        """SIGTERM to the tasks: directly, and by a word on the bus that their heartbeat threads look for."""
+        assert self._bus is not None
+        step.terminate()
+        try:
+            self._bus.set_value(end_key(step.role, step.index), str(step.incarnation).encode())
+        except BusLost as error:
+            LOG.warning("%s %d cannot be asked to end: %s", step.role, step.index, error)
 
     def _look_at_steps(self) -> None:
         for key, stopping in self._stopping.items():
@@ -289,7 +299,7 @@ class AttemptLoop:
         except BusLost as error:
             LOG.warning("the controller could not be told: %s", error)
         for step in self._steps.values():
-            step.terminate()
+            self._ask_to_end(step)
         while time.monotonic() < deadline and (self._controller.poll() is None or self._alive_steps()):
             time.sleep(0.05)
         return Outcome(EXIT_TERM, "cancelled")
@@ -302,7 +312,7 @@ class AttemptLoop:
             LOG.info("ending %s", ", ".join(f"{role} {index}" for role, index in self._steps))
             if not self._signals.term:
                 for step in self._steps.values():
-                    step.terminate()
+                    self._ask_to_end(step)
         controller = self._controller
         if controller is not None and controller.poll() is None and not self._signals.term:
             controller.terminate()

@@ -18,7 +18,7 @@ from hpc_rl.plan.schema import Group, Plan
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
-from hpc_rl.supervisor.steps import ProcessStep, Step, spawn
+from hpc_rl.supervisor.steps import ProcessStep, SlurmStep, Step, spawn
 
 # The program of each role. They are started by name and never imported here.
 MODULES: Mapping[str, str] = {
@@ -175,4 +175,4 @@ class SlurmLauncher:
         child = spawn(argv, own_log, self._environments.of(role, runtime=runtime), self._run.root)
         tasks = range(group.tasks) if role == "policy" else [index]
         logs = [own_log, *(folder / f"{role}_{task}.log" for task in tasks)]
-        return ProcessStep(role, index, incarnation, argv, logs, [child])
+        return SlurmStep(role, index, incarnation, argv, logs, [child])

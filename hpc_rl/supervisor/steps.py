@@ -30,7 +30,7 @@ class Step(Protocol):
         """None while anything of it runs, else the exit code (128+n for signal n)."""
 
     def terminate(self) -> None:
-        """SIGTERM to its tasks."""
+        """SIGTERM to its tasks where they are children; the others hear it on the bus."""
 
     def kill(self) -> None:
         """SIGKILL to everything of it."""
@@ -102,6 +102,13 @@ class ProcessStep:
     def kill(self) -> None:
         for child in self._running:
             _kill_group(child.pid)
+
+
+class SlurmStep(ProcessStep):
+    """A step whose only child is its `srun`. When that dies Slurm kills the tasks, without SIGTERM."""
+
+    def terminate(self) -> None:
+        pass
 
 
 def _reap(child: subprocess.Popen[bytes]) -> int | None:

@@ -169,6 +169,16 @@ def test_sigterm_ends_everything_within_ten_seconds(tmp_path: Path, supervised: 
     assert (attempt.reason, attempt.exit_code) == ("cancelled", 143)
 
 
+def test_stop_role_ends_a_step_gracefully(tmp_path: Path, supervised: Start) -> None:
+    run = make_run(tmp_path, policy=2, rollout=1)
+    one = supervised(run, goal=3, end="stop_role")
+    assert one.wait() == 0, one.logs()
+    log = (run.logs / "latest/batch.log").read_text()
+    assert "policy 0 ended with signal 15 (SIGTERM)" in log
+    assert "rollout 0 ended with signal 15 (SIGTERM)" in log
+    assert "failure" not in kinds(run)
+
+
 def test_what_a_role_leaves_behind_dies_with_it(tmp_path: Path, supervised: Start) -> None:
     run = make_run(tmp_path, policy=1, rollout=0)
     one = supervised(run, goal=3, env={"TRIVIAL_HELPER": "1"})

@@ -18,7 +18,6 @@ from hpc_rl.run.paths import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
-MODULES = {role: f"trivial_{role}" for role in ("controller", "policy", "rollout")}
 
 
 def group(role: str, tasks: int, **fields: Any) -> Group:
@@ -37,9 +36,16 @@ def group(role: str, tasks: int, **fields: Any) -> Group:
 
 
 def make_run(
-    folder: Path, *, policy: int = 2, rollout: int = 2, groups: list[Group] | None = None, **cluster: Any
+    folder: Path,
+    *,
+    policy: int = 2,
+    rollout: int = 2,
+    groups: list[Group] | None = None,
+    site: dict[str, Any] | None = None,
+    **cluster: Any,
 ) -> RunDir:
     """A run directory as `submit` leaves it."""
+    local = {"name": "test", "placement": "local", "paths": {"local": str(folder)}}
     run = RunDir.create(folder, "trivial")
     recipe = Recipe.model_validate(
         {
@@ -58,7 +64,7 @@ def make_run(
         time_minutes=10,
         groups=groups or [group("policy", policy), *([group("rollout", rollout)] if rollout else [])],
         mesh=Mesh(dp_shard=policy),
-        site_profile={"name": "test", "placement": "local", "paths": {"local": str(folder)}},
+        site_profile=site or local,
     )
     run.resolved.write_text(dump_resolved(recipe))
     run.plan.write_text(plan.model_dump_json())
@@ -70,19 +76,13 @@ def environment(**wanted: Any) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "TRIVIAL": json.dumps(wanted)}
 
 
-COMMAND = (
-    "import sys; from hpc_rl.supervisor.main import supervise; "
-    f"sys.exit(supervise(sys.argv[1], modules={MODULES!r}))"
-)
-
-
 class Supervised:
     """A supervisor started as `local` starts it, and what it leaves in the run directory."""
 
     def __init__(self, run: RunDir, env: dict[str, str]) -> None:
         self.run = run
         self.process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, str(run.root)],
+            [sys.executable, "-m", "trivial_supervisor", str(run.root)],
             env=env,
             cwd=run.root,
             start_new_session=True,

@@ -1,6 +1,7 @@
 """A small real controller: starts the plan's roles, counts their answers, obeys interrupts.
 
-`TRIVIAL` configures it: {"goal": answers per process, "pause": seconds between rounds}.
+`TRIVIAL` configures it: {"goal": answers per process, "pause": seconds between rounds, "end": "stop_role"
+to end the steps with StopRole instead of Stop}.
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ def body(process: RoleProcess) -> int:
                     process.bus.send(m.inbox(*who), m.ReceiveWeights(sent[who]))
             if all(len(got) >= wanted["goal"] for got in answers.values()):
                 ending = 0
-                stop(process, members, "done")
+                if wanted.get("end") == "stop_role":
+                    for role, index in steps:
+                        process.bus.send(m.inbox("supervisor"), m.StopRole(role, index, 20.0, "done"))
+                else:
+                    stop(process, members, "done")
     if ending == 0:
         for who, got in answers.items():
             if got != list(range(1, wanted["goal"] + 1)):
