@@ -7,11 +7,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_rl.cli._prepare import Prepared
 from hpc_rl.cli.errors import UserError
 from hpc_rl.run.attempts import read_attempts, record_job
 from hpc_rl.run.paths import RunDir
+
+if TYPE_CHECKING:
+    from hpc_rl.cluster.slurm.script import JobScript
 
 
 @dataclass(frozen=True)
@@ -53,29 +57,48 @@ def start(run: RunDir, prepared: Prepared, *, here: bool = False) -> Started:
 
 def script_text(prepared: Prepared, run_dir: Path) -> str:
     """The job script as it would be for `run_dir`, which need not exist. Raises UserError."""
-    from hpc_rl.cluster.slurm.submit import job_folder, job_script
-
     run = RunDir(run_dir)
+    script = job_script(prepared, run, 1)
     try:
-        script = job_script(prepared.recipe, prepared.plan, prepared.site, run)
         return script.render(job_folder(run, 1))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
+def job_script(prepared: Prepared, run: RunDir, attempt: int) -> JobScript:
+    """What decides the script of the job that starts with `attempt`. Raises UserError."""
+    from hpc_rl.cluster.slurm.script import JobScript
+
+    log = run.attempt_logs(attempt) / "batch.log"
+    try:
+        return JobScript.of(prepared.recipe, prepared.plan, prepared.site, run_dir=run.root, log=log)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def job_folder(run: RunDir, attempt: int) -> Path:
+    """Where submitit keeps the files of the job that starts with `attempt` (0700)."""
+    return run.attempt_logs(attempt) / "submitit"
+
+
 def _sbatch(run: RunDir, prepared: Prepared, attempt: int) -> str:
+    """Submit through submitit; the leader's job id. The script stays in the log folder as job.sbatch."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "sbatch is not on PATH: this machine has no Slurm client; log in to a node of the cluster, or "
             "run without Slurm: cluster.placement=local"
         )
-    from hpc_rl.cluster.slurm.submit import job_script, submit_job
+    from hpc_rl.cluster.slurm.executor import HetSlurmExecutor
+    from hpc_rl.cluster.slurm.task import SupervisorTask
 
+    script, folder = job_script(prepared, run, attempt), job_folder(run, attempt)
     try:
-        script = job_script(prepared.recipe, prepared.plan, prepared.site, run, attempt=attempt)
-        return submit_job(script, run, attempt=attempt)
+        text = script.render(folder)
     except ValueError as error:
         raise UserError(str(error)) from error
+    (run.attempt_logs(attempt) / "job.sbatch").write_text(text, encoding="utf-8")
+    job = HetSlurmExecutor(folder, script).submit(SupervisorTask(str(run.root)))
+    return str(job.job_id)
 
 
 def allocation_placement(environ: Mapping[str, str] | None = None) -> str:

@@ -20,6 +20,8 @@ _TYPES = (
     ("hpc_rl.bus.errors", "BusError"),
     ("hpc_rl.data.errors", "DataError"),
     ("hpc_rl.models.base", "ModelError"),
+    ("hpc_rl.checkpoint.export", "ExportError"),
+    ("hpc_rl.checkpoint.loader", "CheckpointError"),
 )
 
 

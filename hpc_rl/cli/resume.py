@@ -53,7 +53,7 @@ def resume(
     if here:
         check_allocation(prepared)
     use_stored_secrets(found, prepared.recipe.cluster.secrets)
-    require_checks(prepared)
+    require_checks(prepared, here=here)
     missing = write_settings(found, prepared)
     _remember(found, status.attempt, differences)
     started = start(found, prepared, here=here)

@@ -48,7 +48,7 @@ def submit(
     prepared = prepare(recipe, changed, site=site)
     if here:
         check_allocation(prepared)
-    require_checks(prepared)
+    require_checks(prepared, here=here)
     run, missing = create_run(prepared)
     try:
         started = start(run, prepared, here=here)

@@ -1,0 +1,151 @@
+"""Bad input gets clear lines and exit code 2: no traceback, nothing created, nothing queued."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.cli.helpers import hpc_rl, hpc_rl_forked, line_of, make_recipe
+
+
+def refused(recipe: Path, *overrides: str, words: tuple[str, ...], env: dict[str, str] | None = None) -> str:
+    """`submit` refuses the recipe: code 2, `words` on stderr, nothing on disk. Gives stderr."""
+    folder = recipe.parent
+    before = {str(path) for path in folder.rglob("*")}
+    done = hpc_rl_forked("submit", recipe, *overrides, cwd=folder, env=env)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+    for word in words:
+        assert word in done.stderr, f"{word!r} is not in:\n{done.stderr}"
+    after = {str(path) for path in folder.rglob("*")}
+    assert after == before, f"created: {after - before}"
+    return done.stderr
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, policy={"batch_sise": 4, "steps": 2})
+    line = line_of(recipe, "batch_sise")
+    refused(recipe, words=(f"recipe.yaml:{line}", "policy.batch_sise", "batch_size"))
+
+
+def test_the_same_from_a_shell(tmp_path: Path) -> None:
+    done = hpc_rl("submit", make_recipe(tmp_path), "policy.batch_sise=4", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: override 'policy.batch_sise=4': policy.batch_sise: unknown key")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_type_is_named_with_its_value(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, policy={"batch_size": "many", "steps": 2})
+    line = line_of(recipe, "batch_size")
+    refused(recipe, words=(f"recipe.yaml:{line}", "policy.batch_size", '"many"', "integer"))
+
+
+def test_a_bad_override_is_refused_like_a_key_of_the_file(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    refused(recipe, "policy.stepz=5", words=("policy.stepz", "steps"))
+    refused(recipe, "policy.steps", words=("policy.steps",))
+
+
+def test_tp_that_does_not_divide_the_heads(tmp_path: Path) -> None:
+    refused(make_recipe(tmp_path), "policy.parallel.tp=3", words=("policy.parallel.tp", "4"))
+
+
+def test_a_model_path_that_does_not_exist(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    words = (f"recipe.yaml:{line_of(recipe, 'model')}", "model.path", "/nowhere/model", "does not exist")
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "model"), "/nowhere/model"))
+    refused(recipe, words=words[1:])
+
+
+def test_a_model_that_is_not_in_the_cache(tmp_path: Path) -> None:
+    refused(
+        make_recipe(tmp_path), "model.path=nobody/nothing", words=("model.path", "nobody/nothing", "fetch")
+    )
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    # A file in the way: permission bits would not stop root.
+    (tmp_path / "blocked").write_text("")
+    refused(make_recipe(tmp_path), f"output_root={tmp_path}/blocked", words=("output_root", "blocked"))
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere; the test above covers it")
+def test_an_output_folder_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    refused(make_recipe(tmp_path), f"output_root={tmp_path}/closed", words=("output_root", "not writable"))
+
+
+def test_a_row_without_the_named_column(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "7+1="}) + "\n")
+    refused(recipe, words=("data.train", "train.jsonl", "answer"))
+
+
+def test_redis_is_missing(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    refused(
+        recipe,
+        "cluster.controller.redis_server=/nowhere/redis-server",
+        words=("cluster.controller.redis_server", "/nowhere/redis-server"),
+    )
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    refused(recipe, words=("redis-server", "conda-forge"), env={"PATH": str(empty)})
+
+
+def test_slurm_is_missing(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    refused(recipe, "cluster.site=generic-gpu", words=("sbatch", "not found"), env={"PATH": str(empty)})
+
+
+def test_a_site_that_does_not_exist(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    refused(recipe, "--site", "nowhere", words=("cluster.site", "nowhere", "local"))
+
+
+def test_a_recipe_that_does_not_exist_or_is_no_yaml(tmp_path: Path) -> None:
+    refused(tmp_path / "absent.yaml", words=("absent.yaml",))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [tiny\nkind: sft\n")
+    refused(broken, words=("broken.yaml:",))
+
+
+def test_a_secret_that_is_not_set(tmp_path: Path) -> None:
+    refused(make_recipe(tmp_path), "cluster.secrets=[NO_SUCH_TOKEN]", words=("NO_SUCH_TOKEN", "not set"))
+
+
+def test_here_outside_of_an_allocation(tmp_path: Path) -> None:
+    refused(make_recipe(tmp_path), "--here", words=("SLURM_JOB_ID", "salloc"))
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "export"])
+def test_a_run_that_does_not_exist(tmp_path: Path, command: str) -> None:
+    done = hpc_rl_forked(command, "nobody", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: no run is named 'nobody'")
+    assert "Traceback" not in done.stderr
+
+
+def test_check_and_render_refuse_in_the_same_words(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    for command in ("check", "render"):
+        done = hpc_rl_forked(command, recipe, "policy.stepz=5", cwd=tmp_path)
+        assert done.returncode == 2
+        assert "policy.stepz" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_command_and_option(tmp_path: Path) -> None:
+    assert hpc_rl_forked("sbumit", cwd=tmp_path).returncode == 2
+    done = hpc_rl("status", "--jsn", "x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--json" in done.stderr
