@@ -62,6 +62,10 @@ class Saver:
         self._ended: list[SaveResult] = []
         self._unfinished: list[_Flight] = []  # on rank 0: waiting for the reports of the others
 
+    def prepare(self) -> None:
+        """Start the writer now: its start (an import of torch) must not be the stall of the first save."""
+        self._writer()
+
     def stage(self, step: int, folder: Path, state: dict[str, Tensor]) -> float:
         """Copy this rank's part of `state` and start writing it to `folder`; the stall in seconds.
 

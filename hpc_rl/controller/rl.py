@@ -57,6 +57,7 @@ class RlController(Controller):
     # --- start and restore ------------------------------------------------------------------------
     def begin(self, step: int, info: dict[str, str]) -> None:
         recipe, base = self.recipe, self.run_dir.root
+        self.stepped = time.monotonic()  # what came before was loading
         self.source = PromptSource(recipe.data.train, base=base, seed=recipe.seed)
         per_step = recipe.policy.batch_size // self.algorithm.group_size
         total = (recipe.policy.steps or 0) * per_step

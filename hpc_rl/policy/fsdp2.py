@@ -60,6 +60,8 @@ class Fsdp2Trainer:
         recipe, mesh = self.recipe, self.context.plan.mesh
         self.device = process_group.local_device(self.context)
         self._store = process_group.join(self.context, self.device)
+        if recipe.checkpoint.enabled:
+            self.saver.prepare()
         torch.manual_seed(_rank_seed(recipe.seed, self.rank))
         dtype = getattr(torch, recipe.model.dtype)
         parallel = ParallelSpec(
