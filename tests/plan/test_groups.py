@@ -197,7 +197,7 @@ def test_a_thousand_nodes_take_less_than_a_second(plan: Make) -> None:
     assert sum(g.nodes for g in made.groups) == 1000
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shard=st.integers(1, 32), tp=st.integers(1, 4), nodes=st.integers(1, 6), replicas=st.integers(1, 32),
     width=st.integers(1, 8), rollout_nodes=st.integers(1, 6), gpus=st.sampled_from([1, 2, 4, 8]),

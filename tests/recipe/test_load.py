@@ -165,7 +165,7 @@ _overrides = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=_overrides)
 def test_any_resolved_recipe_reads_back_equal(write: Write, tmp_path: Path, values: dict[str, Any]) -> None:
     import json

@@ -110,7 +110,7 @@ _values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(_keys, _values, max_size=4))
 def test_what_is_dumped_reads_back(data: dict[str, Any]) -> None:
     assert parse(dump_yaml(data)) == data
