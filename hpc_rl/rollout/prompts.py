@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hpc_rl.data.encode import encode_prompt
+from hpc_rl.data.errors import DataError
+from hpc_rl.recipe.schema import DatasetSpec
 from hpc_rl.rollout.engine import PromptError
 
 
 class PromptCodec:
-    """A tokenizer, and whether plain text is wrapped as one user message (`chat`).
-
-    `chat` null means: if the tokenizer has a chat template.
-    """
+    """A tokenizer with the rules of `data/encode.py`, which SFT shares."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -29,21 +29,12 @@ class PromptCodec:
             AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         )
 
-    def encode(self, content: str | list[dict[str, Any]], chat: bool | None) -> list[int]:
-        """Token ids of a prompt. Raises PromptError where the chat template refuses the messages."""
-        has_template = self._tokenizer.chat_template is not None
-        if isinstance(content, str):
-            if not (has_template if chat is None else chat):
-                return self._once(list(self._tokenizer(content)["input_ids"]))
-            content = [{"role": "user", "content": content}]
-        if not has_template:
-            raise PromptError("the prompt is a chat, and the tokenizer has no chat template")
+    def encode(self, content: str | list[dict[str, Any]], spec: DatasetSpec) -> list[int]:
+        """Token ids of a prompt. Raises PromptError where a chat template is missing or refuses."""
         try:
-            text = self._tokenizer.apply_chat_template(content, add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            # Templates are code of the model's authors; jinja2 and whatever they raise end here.
-            raise PromptError(f"the chat template refuses the messages: {error}") from error
-        return self._once(list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+            return self._once(encode_prompt(self._tokenizer, content, spec))
+        except DataError as error:
+            raise PromptError(str(error)) from error
 
     def _once(self, ids: list[int]) -> list[int]:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id

@@ -140,7 +140,7 @@ class Worker:
         assert self.codec is not None
         prompt = request.prompt
         began = time.monotonic()
-        ids = self.codec.encode(prompt.content, self._dataset(request.purpose).chat)
+        ids = self.codec.encode(prompt.content, self._dataset(request.purpose))
         self.served += 1
         request_id = f"{request.purpose}-{prompt.ordinal}-{self.served}"
         samples = await self.engine.generate(ids, request.sampling, request.group_size, request_id)
