@@ -133,7 +133,7 @@ _QUIET = re.compile(r"^\d\d:\d\d:\d\d (DEBUG|INFO|WARNING) ")
 
 
 def last_words(logs: Sequence[Path]) -> str:
-    """The last complaint in the first log that has any, for what ended without leaving a cause."""
+    """The last error (else line) in the first log that has any, for what ended without leaving a cause."""
     for log in logs:
         try:
             with open(log, "rb") as file:
@@ -142,6 +142,7 @@ def last_words(logs: Sequence[Path]) -> str:
         except FileNotFoundError:
             continue
         words = [line.strip() for line in lines if line.strip() and not _QUIET.match(line)]
+        errors = [line for line in words if "error" in line.lower()]
         if words:
-            return words[-1][:300]
+            return (errors or words)[-1][:300]
     return ""

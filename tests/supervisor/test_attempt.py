@@ -128,7 +128,7 @@ def test_a_crashed_controller_ends_the_attempt(tmp_path: Path, supervised: Start
 
 def test_a_killed_redis_is_restarted_and_nothing_is_lost(tmp_path: Path, supervised: Start) -> None:
     run = make_run(tmp_path, policy=2, rollout=2)
-    one = supervised(run, goal=100, pause=0.05)
+    one = supervised(run, goal=60, pause=0.05)
     working(one, 4)
     (started,) = [event for event in read_events(run) if event["kind"] == "redis_started"]
     os.kill(started["pid"], signal.SIGKILL)
@@ -206,7 +206,7 @@ def test_a_killed_supervisor_takes_its_children_along(tmp_path: Path, supervised
 
 def test_walltime_resumes_without_slurm_in_the_next_attempt(tmp_path: Path, supervised: Start) -> None:
     run = make_run(tmp_path, policy=1, rollout=1)
-    one = supervised(run, goal=60, pause=0.1)
+    one = supervised(run, goal=40, pause=0.1)
     working(one, 2)
     one.process.send_signal(signal.SIGUSR2)
     assert one.wait() == 0, one.logs()

@@ -142,7 +142,7 @@ def test_scancel_ends_everything_within_ten_seconds_and_requeues_nothing(job: Ca
 
 
 def test_walltime_requeues_the_job(job: Callable[..., Job]) -> None:
-    one = job(goal=60, pause=0.2)
+    one = job(goal=30, pause=0.2)
     one.working()
     one.cluster.run("scancel", "--batch", "--signal=USR2", one.job_id)
     one.until(lambda: set(one.states()) == {"PENDING"}, "the job to be requeued")
@@ -155,7 +155,7 @@ def test_walltime_requeues_the_job(job: Callable[..., Job]) -> None:
 
 
 def test_a_killed_replica_is_started_again_beside_the_others(job: Callable[..., Job]) -> None:
-    one = job(goal=60, pause=0.1)
+    one = job(goal=40, pause=0.1)
     os.kill(one.working()["rollout", 1]["pid"], signal.SIGKILL)
     assert one.ended() == ["COMPLETED", "COMPLETED"]
     launched = [e for e in read_events(one.run) if e["kind"] == "step_launched" and e["role"] == "rollout"]
