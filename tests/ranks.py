@@ -20,12 +20,17 @@ _CONTEXT.set_forkserver_preload(["hpc_rl.models.hf.model", "torch.distributed.te
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, folder: Path, *args: Any, limit_s: float = 240.0
+    function: Callable[..., Any],
+    world_size: int,
+    folder: Path,
+    *args: Any,
+    group: bool = True,
+    limit_s: float = 240.0,
 ) -> None:
-    """Call `function(rank, world_size, *args)` in `world_size` processes with a default gloo group.
+    """Call `function(rank, world_size, *args)` in `world_size` processes.
 
-    `function` is a module-level function of a test module. Fails with the output of the ranks when one
-    exits with an error or the deadline passes.
+    With `group` they have a default gloo group. `function` is a module-level function of a test module.
+    Fails with the output of the ranks when one exits with an error or the deadline passes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     token = os.urandom(4).hex()
@@ -55,7 +60,12 @@ def run_ranks(
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, store: str, log: str, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str | None,
+    log: str,
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -65,16 +75,18 @@ def _rank_main(
     os.dup2(handle, 2)
     torch.set_num_threads(1)
     try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=200),
-        )
+        if store is not None:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=200),
+            )
         function(rank, world_size, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if store is not None:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:  # noqa: BLE001 -- the parent shows it
         traceback.print_exc()
         sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def load_into(folder: Path, state: dict[str, Tensor], optional: frozenset[str] =
             raise CheckpointError(
                 f"{name} is {list(saved[name].size)} in {folder}, but {list(value.shape)} is needed"
             )
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
         load({n: v.detach() for n, v in wanted.items()}, checkpoint_id=folder, no_dist=True)
     return set(wanted)

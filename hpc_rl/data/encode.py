@@ -22,8 +22,8 @@ def encode_prompt(tokenizer: Any, content: Content, spec: DatasetSpec) -> list[i
     """
     messages = _messages(tokenizer, content, spec)
     if messages is None:
-        return list(tokenizer(content).input_ids)
-    return _ids(tokenizer, _apply(tokenizer, messages, spec, generate=True))
+        return _open_prompt(tokenizer, list(tokenizer(content).input_ids))
+    return _open_prompt(tokenizer, _ids(tokenizer, _apply(tokenizer, messages, spec, generate=True)))
 
 
 def encode_completion(
@@ -55,6 +55,17 @@ def encode_completion(
     if answer is None:
         answer = _ids(tokenizer, completion) + end
     return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+
+def _open_prompt(tokenizer: Any, ids: list[int]) -> list[int]:
+    """One BOS at most, and no end of sequence where the tokenizer closes every text it gets."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    closed = len(ids) > 1 and eos is not None and eos != bos and ids[-1] == eos
+    if closed and tokenizer("a").input_ids[-1] == eos:
+        ids = ids[:-1]
+    return ids
 
 
 def _messages(tokenizer: Any, content: Content, spec: DatasetSpec) -> list[dict[str, Any]] | None:

@@ -1,0 +1,26 @@
+"""Fixtures of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_rl.bus.server import RedisServer
+from tests.tiny_models import save_model, save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random character-level Qwen2 with tied embeddings, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return save_tokenizer(save_model(folder, "qwen2"))
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()

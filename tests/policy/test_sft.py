@@ -1,0 +1,158 @@
+"""SFT: it learns, resumes bit-equal, and does not depend on how it is sharded or packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hpc_rl.bus.messages import TrainStep
+from hpc_rl.bus.server import RedisServer
+from hpc_rl.checkpoint.layout import write_complete
+from hpc_rl.data.rows import load_rows
+from hpc_rl.models.hf.folder import load_tokenizer
+from hpc_rl.policy.fsdp2 import Fsdp2Trainer
+from hpc_rl.policy.sft_data import SftData
+from hpc_rl.recipe.schema import Recipe
+from hpc_rl.run.paths import RunDir
+from tests.ranks import run_ranks
+from tests.training import make_context, make_plan, make_recipe, make_run
+
+pytestmark = pytest.mark.torch
+torch.set_num_threads(1)
+# Where numerics are compared: Adam's first steps divide rounding noise by itself.
+SGD = {"name": "sgd", "lr": 0.3, "clip_norm": 1.0, "weight_decay": 0.0}
+
+
+def train(trainer: Fsdp2Trainer, first: int, last: int) -> list[float]:
+    return [trainer.train_step(TrainStep(step))["train/loss"] for step in range(first, last + 1)]
+
+
+def save(trainer: Fsdp2Trainer, run: RunDir, step: int) -> None:
+    trainer.stage_checkpoint(step, run.checkpoint(step) / "policy", sync=True)
+    results = list(trainer.poll())
+    if trainer.rank == 0:
+        assert [(r.step, r.error) for r in results] == [(step, "")]
+        write_complete(run.checkpoint(step))
+
+
+def parameters(trainer: Fsdp2Trainer) -> dict[str, torch.Tensor]:
+    full = {n: p.detach() for n, p in trainer.model.module.named_parameters()}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for n, p in full.items()}
+
+
+def whole_run(folder: Path, recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
+    run = make_run(folder, recipe, make_plan(recipe))
+    trainer = Fsdp2Trainer(make_context(run, recipe))
+    assert trainer.load() == 0
+    losses = train(trainer, 1, trainer.total_steps)
+    result = parameters(trainer)
+    trainer.close()
+    return losses, result
+
+
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_model)
+    losses, expected = whole_run(tmp_path / "whole", recipe)
+    assert losses[-1] < losses[0] - 0.3  # it learns something at all
+
+    run = make_run(tmp_path / "cut", recipe, make_plan(recipe))
+    first = Fsdp2Trainer(make_context(run, recipe))
+    first.load()
+    before = train(first, 1, 3)
+    save(first, run, 3)
+    train(first, 4, 5)  # lost with the process
+    first.close()
+    (run.checkpoint(5) / "policy").mkdir(parents=True)  # a save that was under way does not count
+    torch.manual_seed(999)
+
+    second = Fsdp2Trainer(make_context(run, recipe, attempt=2))
+    assert second.load() == 3
+    after = train(second, 4, 8)
+    resumed = parameters(second)
+    second.close()
+    assert before + after == losses
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+def test_the_packing_does_not_change_the_training(tiny_model: Path, tmp_path: Path) -> None:
+    base = {"steps": 3, "optimizer": SGD}
+    losses, expected = whole_run(tmp_path / "a", make_recipe(tmp_path, tiny_model, **base))
+    alone = {"micro_batch_tokens": None, "micro_batch_size": 1}
+    other, result = whole_run(tmp_path / "b", make_recipe(tmp_path, tiny_model, **base, **alone))
+    assert max(abs(a - b) for a, b in zip(losses, other, strict=True)) <= 1e-5
+    assert max(float((result[n] - v).abs().max()) for n, v in expected.items()) <= 1e-5
+
+
+def sharded_run(rank: int, world_size: int, root: str, recipe_json: str, bus_file: str, out: str) -> None:
+    recipe = Recipe.model_validate_json(recipe_json)
+    run = RunDir(Path(root))
+    trainer = Fsdp2Trainer(
+        make_context(run, recipe, rank=rank, world_size=world_size, bus_file=Path(bus_file))
+    )
+    assert trainer.load() == 0
+    losses = train(trainer, 1, 3)
+    save(trainer, run, 3)
+    losses += train(trainer, 4, 6)
+    result = parameters(trainer)
+    if rank == 0:
+        torch.save({"losses": losses, "parameters": result}, out)
+    dist.barrier()
+    trainer.close()
+
+
+@pytest.mark.redis
+def test_two_ranks_equal_one_process_and_their_checkpoint_resumes_on_one(
+    tiny_model: Path, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_model, steps=6, optimizer=SGD)
+    losses, expected = whole_run(tmp_path / "one", recipe)
+    run = make_run(tmp_path / "two", recipe, make_plan(recipe, 2))
+    bus_file = run.bus_file(1)
+    redis_server.write_bus_file(bus_file)
+    out = tmp_path / "two.pt"
+    arguments = (str(run.root), recipe.model_dump_json(), str(bus_file), str(out))
+    run_ranks(sharded_run, 2, tmp_path, *arguments, group=False)
+    two = torch.load(out)
+    assert max(abs(a - b) for a, b in zip(losses, two["losses"], strict=True)) <= 1e-5
+    assert max(float((two["parameters"][n] - v).abs().max()) for n, v in expected.items()) <= 1e-5
+
+    trainer = Fsdp2Trainer(make_context(run, recipe, attempt=2))
+    assert trainer.load() == 3
+    rest = train(trainer, 4, 6)
+    trainer.close()
+    assert max(abs(a - b) for a, b in zip(losses[3:], rest, strict=True)) <= 1e-5
+
+
+def make_data(tiny_model: Path, folder: Path, **policy: object) -> SftData:
+    recipe = make_recipe(folder, tiny_model, **policy)
+    rows = load_rows(recipe.data.train)
+    return SftData(rows, recipe.data.train, load_tokenizer(recipe.model), recipe.policy, recipe.seed, 2)
+
+
+def test_batches_are_a_function_of_seed_and_step(tiny_model: Path, tmp_path: Path) -> None:
+    data, again = (make_data(tiny_model, tmp_path, steps=20) for _ in range(2))
+    assert data.samples(7) == again.samples(7)
+    drawn = [sample.ordinal for step in range(1, 6) for sample in data.samples(step)]
+    assert drawn == list(range(20))
+    parts = [data.micro_batches(4, rank) for rank in range(2)]
+    assert len(parts[0][0]) == len(parts[1][0])
+    assert parts[0][1] == parts[1][1] == sum(sum(s.loss_mask) for s in data.samples(4))
+    dealt = [s.ordinal for micro_batches, _ in parts for micro in micro_batches for s in micro]
+    assert sorted(dealt) == [12, 13, 14, 15]
+
+
+def test_epochs_see_every_row_exactly_once(tiny_model: Path, tmp_path: Path) -> None:
+    data = make_data(tiny_model, tmp_path, steps=None, epochs=2, batch_size=3)
+    assert data.total_steps == 7  # 20 rows in threes
+    texts = [tuple(s.token_ids) for step in range(1, 8) for s in data.samples(step)]
+    assert len(texts) == 20
+    assert all(texts.count(text) == 2 for text in texts)
+
+
+def test_long_sequences_are_cut(tiny_model: Path, tmp_path: Path) -> None:
+    data = make_data(tiny_model, tmp_path, max_length=4)
+    assert max(len(s.token_ids) for s in data.samples(1)) == 4
+    assert all(len(s.token_ids) == len(s.loss_mask) for s in data.samples(1))
