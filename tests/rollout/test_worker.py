@@ -212,3 +212,23 @@ def test_a_push_that_never_comes_is_reported_and_ends_the_replica(replica: Repli
     assert isinstance(role_failed, m.RoleFailed)
     assert "WeightTransferError" in role_failed.cause
     assert replica.process.wait(30) == 1
+
+
+def test_a_new_incarnation_joins_and_stops_when_told(replica: Replica) -> None:
+    """What was sent to the earlier incarnation is not for this one; Stop ends it with code 0."""
+    replica.ask(7)
+    command = [sys.executable, "-m", "hpc_rl.rollout", str(replica.run.root), "--attempt", "1"]
+    with replica.log.open("ab") as out:
+        replica.process = subprocess.Popen(
+            [*command, "--incarnation", "2", "--replica", "0"], cwd=ROOT, stdout=out, stderr=out
+        )
+    ready = replica.wait(lambda x: isinstance(x, m.ReplicaReady))
+    assert isinstance(ready, m.ReplicaReady)
+    assert (ready.incarnation, ready.version) == (2, 0)
+    replica.ask(8)
+    done = replica.wait(answers)
+    assert isinstance(done, m.GroupDone)
+    assert done.group.prompt.ordinal == 8
+    replica.send(m.Stop("the run is over"))
+    replica.wait(lambda x: isinstance(x, m.RoleStopped))
+    assert replica.process.wait(30) == 0
