@@ -35,10 +35,11 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     token = os.urandom(4).hex()
     logs = [folder / f"rank_{rank}_{token}.log" for rank in range(world_size)]
+    store = str(folder / f"store_{token}") if group else None
     ranks = [
         _CONTEXT.Process(
             target=_rank_main,
-            args=(function, rank, world_size, str(folder / f"store_{token}"), str(log), args),
+            args=(function, rank, world_size, store, str(log), args),
         )
         for rank, log in enumerate(logs)
     ]
