@@ -22,7 +22,8 @@ def interleave(
         first_ours = run % 2 == 0
         for mine in (first_ours, not first_ours):
             (left if mine else right).append((ours if mine else peer)())
-        say(f"pair {run + 1}/{runs}: ours {left[-1]:.4g}, peer {right[-1]:.4g}, ratio {left[-1] / right[-1]:.3f}")
+        ratio = left[-1] / right[-1]
+        say(f"pair {run + 1}/{runs}: ours {left[-1]:.4g}, peer {right[-1]:.4g}, ratio {ratio:.3f}")
     return left, right
 
 

@@ -90,6 +90,7 @@ def test_synchronous_rl_stopped_anywhere_resumes_to_the_same_bits(workspace: Pat
     broken.complete()
     assert_same_bits(whole, broken, "train/loss", "rollout/reward_mean")
     assert_trained_once(broken, 16)
+    assert any(row["train/loss"] != 0 for row in broken.metrics() if row["step"])
     assert all(row["rollout/staleness_max"] == 0 for row in broken.metrics() if row["step"])
 
 

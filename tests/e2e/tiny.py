@@ -91,7 +91,8 @@ def rl_recipe(folder: Path, **changes: object) -> Path:
             }
         },
         "algorithm": {"name": "grpo", "group_size": 4, "max_staleness": 1},
-        "reward": [{"name": "exact"}],
+        "plugins": [str(Path(__file__).with_name("digits_reward.py"))],
+        "reward": [{"name": "digits"}, {"name": "exact", "weight": 0.0}],
         "policy": {"batch_size": 8, "micro_batch_tokens": 256, "steps": 6, "optimizer": {"lr": 1e-4}},
         "rollout": {"engine": "hf", "replicas": 1, "max_tokens": 5},
         "checkpoint": {"save_every": 2, "max_keep": 2},
