@@ -21,12 +21,7 @@ from pathlib import Path
 CHARACTERS = "0123456789="
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 LENGTHS = (3, 4, 5, 6)
-SORTED_SHARE = {3: 0.5, 4: 0.35, 5: 0.25, 6: 0.2}  # share of right answers in the SFT corpus, by row length
-WRONG_HABITS: tuple[Callable[[str], str], ...] = (
-    lambda digits: "".join(sorted(digits, reverse=True)),
-    lambda digits: digits[::-1],
-    lambda digits: digits,
-)
+SORTED_SHARE = {3: 0.4, 4: 0.25, 5: 0.2, 6: 0.15}  # share of right answers in the SFT corpus, by row length
 
 
 def right_answer(digits: str) -> str:
@@ -38,7 +33,10 @@ def corpus_answer(digits: str, rng: random.Random) -> str:
     """What the SFT corpus says: right with a probability that falls with the length."""
     if rng.random() < SORTED_SHARE[len(digits)]:
         return right_answer(digits)
-    return rng.choice(WRONG_HABITS)(digits)
+    habit = rng.choice(("descending", "descending", "reversed", "copied"))
+    if habit == "descending":
+        return right_answer(digits)[::-1]
+    return digits[::-1] if habit == "reversed" else digits
 
 
 def distinct_rows(count: int, rng: random.Random) -> list[str]:
