@@ -86,7 +86,7 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
         job_id=job.job_id if job else None,
         state=state,
         step=rows[-1]["step"] if rows else run.latest_complete(),
-        total_steps=total_steps(run, events),
+        total_steps=total_steps(run, events, since=job.submitted if job else 0.0),
         attempt=number,
         first_cause=_cause(run, attempts, state),
         reason=reason,
@@ -181,10 +181,13 @@ def _last_words(run: RunDir) -> str | None:
     return None
 
 
-def total_steps(run: RunDir, events: Sequence[Mapping[str, Any]]) -> int | None:
-    """As the controller counted it, else as planned (None where epochs need the data counted first)."""
+def total_steps(run: RunDir, events: Sequence[Mapping[str, Any]], *, since: float) -> int | None:
+    """As the controller counted it, else as planned (None where epochs need the data counted first).
+
+    Only `since` the latest submission: a resume may have changed it.
+    """
     for event in reversed(events):
-        if event.get("kind") == "training" and event.get("total_steps"):
+        if event.get("kind") == "training" and event.get("total_steps") and event["time"] >= since:
             return int(event["total_steps"])
     try:
         planned = json.loads(run.plan.read_text(encoding="utf-8")).get("total_steps")
