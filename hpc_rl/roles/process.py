@@ -145,6 +145,8 @@ class RoleProcess:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
             signal.signal(signal.SIGINT, self._on_sigterm)
+            # The walltime warning is for the supervisor; a site may send it to every step as well.
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         logging.basicConfig(

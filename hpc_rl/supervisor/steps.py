@@ -133,7 +133,7 @@ _QUIET = re.compile(r"^\d\d:\d\d:\d\d (DEBUG|INFO|WARNING) ")
 
 
 def last_words(logs: Sequence[Path]) -> str:
-    """The last error (else line) in the first log that has any, for what ended without leaving a cause."""
+    """What the first log that says anything says, for what ended without leaving a cause."""
     for log in logs:
         try:
             with open(log, "rb") as file:
@@ -142,7 +142,9 @@ def last_words(logs: Sequence[Path]) -> str:
         except FileNotFoundError:
             continue
         words = [line.strip() for line in lines if line.strip() and not _QUIET.match(line)]
-        errors = [line for line in words if "error" in line.lower()]
+        from_srun = [line for line in words if line.startswith("srun: error: ")]
+        if from_srun:
+            return from_srun[0][:300]  # it names the task that was first; the others follow
         if words:
-            return (errors or words)[-1][:300]
+            return words[-1][:300]
     return ""
