@@ -95,7 +95,9 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
         checkpoint=run.latest_complete(),
         wandb=read_link(run.wandb),
         metrics=latest(rows),
-        roles=role_lines(run, number, events, live=live and state == "RUNNING") if number else [],
+        roles=role_lines(run, number, events, live=live and state == "RUNNING", ended=state in ENDED)
+        if number
+        else [],
         components=[asdict(component) for component in view.components] if view else [],
         logs=str(run.attempt_logs(number) if number else run.logs),
     )
@@ -197,7 +199,7 @@ def total_steps(run: RunDir, events: Sequence[Mapping[str, Any]], *, since: floa
 
 
 def role_lines(
-    run: RunDir, attempt: int, events: Sequence[Mapping[str, Any]], *, live: bool
+    run: RunDir, attempt: int, events: Sequence[Mapping[str, Any]], *, live: bool, ended: bool = False
 ) -> list[RoleLine]:
     """One line per role process: from the events of the attempt, made precise by live heartbeats."""
     lines: dict[tuple[str, int], RoleLine] = {}
@@ -221,6 +223,9 @@ def role_lines(
         lines[role, index] = RoleLine(
             role, index, str(beat.get("phase", "")), beat.get("phase_since"), detail
         )
+    if ended:  # a supervisor that was killed left nobody to write how its steps ended
+        for line in lines.values():
+            line.state = "ended with the run" if line.state == "running" else line.state
     order = {"controller": 0, "policy": 1, "rollout": 2}
     return sorted(lines.values(), key=lambda line: (order.get(line.role, 9), line.role, line.index))
 
