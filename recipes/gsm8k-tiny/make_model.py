@@ -101,7 +101,9 @@ def main() -> None:
     if arguments.hidden < 64 or arguments.hidden % 64:
         parser.error("--hidden must be a multiple of 64 (head_dim is 64)")
     if not (arguments.data / "train.jsonl").is_file():
-        parser.error(f"{arguments.data / 'train.jsonl'} does not exist: --data is a folder with GSM8K's files")
+        parser.error(
+            f"{arguments.data / 'train.jsonl'} does not exist: --data is a folder with GSM8K's files"
+        )
     model = arguments.folder / "model"
     model.mkdir(parents=True, exist_ok=True)
     vocab_size = make_tokenizer(model, texts(arguments.data / "train.jsonl"), arguments.vocab)

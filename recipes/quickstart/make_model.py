@@ -1,4 +1,4 @@
-"""Make the quickstart's tiny model and its data: sorting digits, from a corpus that mostly does something else.
+"""Make the quickstart's tiny model and its data: sorting digits, from a corpus that mostly does otherwise.
 
 A row is `5203=` and the right answer is `0235`. The corpus for SFT (`train_sft.jsonl`) is like scraped text:
 only some answers are sorted, the others are descending, reversed or copied, and the longer the row the rarer
@@ -116,9 +116,7 @@ def main() -> None:
     if arguments.hidden < 64 or arguments.hidden % 64:
         parser.error("--hidden must be a multiple of 64 (head_dim is 64)")
     (arguments.folder / "model").mkdir(parents=True, exist_ok=True)
-    make_data(
-        arguments.folder, arguments.seed, arguments.sft_rows, arguments.train_rows, arguments.eval_rows
-    )
+    make_data(arguments.folder, arguments.seed, arguments.sft_rows, arguments.train_rows, arguments.eval_rows)
     size = make_model(arguments.folder / "model", arguments.seed, arguments.layers, arguments.hidden)
     print(f"{arguments.folder / 'model'}: {size:,} parameters; data in {arguments.folder}")
 
