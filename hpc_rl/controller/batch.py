@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpc_rl.algorithms.advantages import group_advantages
+from hpc_rl.algorithms.advantages import group_advantages, has_signal
 from hpc_rl.bus.messages import MicroBatch, TrainStep
 from hpc_rl.data.packing import pack, pack_fixed
 from hpc_rl.types import PromptGroup, TrainSample, Trajectory
@@ -98,22 +98,24 @@ def rollout_metrics(groups: list[PromptGroup], version: int) -> dict[str, float]
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
         return {}
-    rewards = np.array([t.reward for t in trajectories])
+    rewards = np.array([t.reward for t in trajectories])  # NaN: could not be scored
     lengths = np.array([len(t.token_ids) for t in trajectories])
     stale = np.array([version - t.oldest_version for t in trajectories])
-    spread = [np.ptp([t.reward for t in group.trajectories]) for group in groups]
+    signal = [has_signal([t.reward for t in group.trajectories]) for group in groups]
     metrics = {
-        "rollout/reward_mean": float(rewards.mean()),
-        "rollout/reward_std": float(rewards.std()),
+        "rollout/reward_mean": float(np.nanmean(rewards)),
+        "rollout/reward_std": float(np.nanstd(rewards)),
+        "rollout/unscored": float(np.isnan(rewards).mean()),
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated": float(np.mean([t.finish == "length" for t in trajectories])),
         "rollout/staleness_mean": float(stale.mean()),
         "rollout/staleness_max": float(stale.max()),
-        "rollout/zero_variance_groups": float(np.mean([s == 0 for s in spread])),
+        "rollout/zero_variance_groups": 1.0 - float(np.mean(signal)),
         "rollout/tokens": float(lengths.sum()),
         "rollout/groups": float(len(groups)),
     }
     for name in sorted({name for t in trajectories for name in t.rewards}):
-        metrics[f"reward/{name}"] = float(np.mean([t.rewards.get(name, math.nan) for t in trajectories]))
+        scores = [t.rewards[name] for t in trajectories if name in t.rewards]
+        metrics[f"reward/{name}"] = float(np.mean(scores))
     return metrics

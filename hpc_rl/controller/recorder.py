@@ -35,8 +35,9 @@ class Recorder:
         return self._rows
 
     def restore(self, rows: dict[int, dict[str, float]]) -> None:
-        """Take back the rows that were held at a checkpoint."""
-        self._rows = {**rows, **self._rows}
+        """Take back the rows that were held at a checkpoint, but those written after it."""
+        there = {row["step"] for row in read_metrics(self.log.path)}
+        self._rows = {**{step: row for step, row in rows.items() if step not in there}, **self._rows}
 
     def written(self, step: int) -> bool:
         """True if the row of `step` is in the file already (asked once, on resume)."""

@@ -111,3 +111,12 @@ def test_metrics_report_staleness_against_the_training_version() -> None:
     assert metrics["rollout/staleness_max"] == 2.0
     assert metrics["reward/exact"] == 0.5
     assert rollout_metrics([], 5) == {}
+
+
+def test_an_unscored_sample_counts_in_no_mean() -> None:
+    unscored = trajectory(0, 1, 4, math.nan, rewards={})
+    scored = PromptGroup(Prompt(0, 0, 0, "x"), [trajectory(0, 0, 4, 1.0), unscored, trajectory(0, 2, 4, 0.0)])
+    metrics = rollout_metrics([scored], version=0)
+    assert metrics["rollout/reward_mean"] == metrics["reward/exact"] == 0.5
+    assert metrics["rollout/unscored"] == pytest.approx(1 / 3)
+    assert make_samples([scored], True)[1].advantages[-1] == 0

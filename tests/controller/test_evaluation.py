@@ -81,3 +81,7 @@ def test_held_rows_survive_through_a_checkpoint(tmp_path: Path) -> None:
     second.hold(2)
     second.release(2, {"eval/accuracy": 0.5})
     assert [row["step"] for row in read_metrics(second.log.path)] == [2]
+    third = Recorder(tmp_path / "metrics.jsonl", attempt=3, total=9)
+    third.restore(kept)  # the same checkpoint again: its row was written after it
+    third.flush()
+    assert [row["step"] for row in read_metrics(third.log.path)] == [2]
