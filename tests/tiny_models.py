@@ -29,6 +29,7 @@ FAMILIES: dict[str, Any] = {
     "phi3": lambda: T.Phi3Config(**SIZES, pad_token_id=0),
     "qwen3_moe": lambda: T.Qwen3MoeConfig(**SIZES, **MOE),
     "mixtral": lambda: T.MixtralConfig(**SIZES, num_local_experts=4),
+    "gpt_oss": lambda: T.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.hf import attention
 from hpc_rl.models.hf.folder import load_config, model_folder, weight_files
 from hpc_rl.models.hf.loading import load_weights, materialise, resolve_names
 from hpc_rl.models.hf.sharding import layers, needs_sharding, shard
@@ -31,13 +32,18 @@ class HfModel:
         self.sharded = sharded
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
-        """See `ModelAdapter.logits`. Without a 2-D mask, transformers finds the sequence boundaries
-        in `position_ids` and keeps attention within them; the head runs on `keep` only."""
+        """See `ModelAdapter.logits`; the head runs on `keep` only. Our own attention gets the layout
+        of the row; others get no mask, and transformers finds the boundaries in `position_ids`."""
+        packed: dict[str, Any] = {}
+        if self.module.config._attn_implementation == attention.NAME:
+            packed["packed_layout"] = attention.layout_of(position_ids)
+            packed["attention_mask"] = attention.no_mask(input_ids.device)
         output = self.module(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
             logits_to_keep=keep,
+            **packed,
         )
         return output.logits.squeeze(0)
 
@@ -130,7 +136,9 @@ def build(spec: Model, parallel: ParallelSpec) -> HfModel:
     load_weights(module, files, transforms)
     _check_ties(module)
     module.train()
-    return HfModel(module, folder, getattr(torch, spec.dtype), sharded)
+    model = HfModel(module, folder, getattr(torch, spec.dtype), sharded)
+    _check_packing(model, parallel)
+    return model
 
 
 def skeleton(spec: Model) -> tuple[Any, Path]:
@@ -149,16 +157,16 @@ def _on_meta(folder: Path, spec: Model) -> Any:
     config = load_config(folder, spec)
     _check_packable(config)
     _without_dropout(config)
-    attention = spec.attn_implementation or "sdpa"
     name = (config.architectures or [""])[0]
     known = getattr(transformers, name, None) if name else None
+    implementation = spec.attn_implementation or attention.NAME
     try:
         with torch.device("meta"):
             if known is not None and not spec.trust_remote_code:
-                return known._from_config(config, attn_implementation=attention, dtype=torch.float32)
+                return known._from_config(config, attn_implementation=implementation, dtype=torch.float32)
             return transformers.AutoModelForCausalLM.from_config(
                 config,
-                attn_implementation=attention,
+                attn_implementation=implementation,
                 dtype=torch.float32,
                 trust_remote_code=spec.trust_remote_code,
             )
@@ -183,6 +191,33 @@ def _without_dropout(config: Any) -> None:
             if "drop" in key and isinstance(value, float) and value > 0:
                 LOG.warning("%s %s set to 0 (config.json has %g)", owner.model_type, key, value)
                 setattr(owner, key, 0.0)
+
+
+@torch.no_grad()
+def _check_packing(model: HfModel, parallel: ParallelSpec) -> None:
+    """What a sequence gets must not depend on its neighbour in the row. A collective when sharded.
+
+    Transformers finds the boundaries for most models, not for all (GPT-OSS makes its masks without the
+    position ids), and says nothing where it does not.
+    """
+    vocabulary = model.module.config.get_text_config().vocab_size
+    results = []
+    for first in (1, 2):
+        neighbour = torch.arange(first, first + 12) % vocabulary
+        ids = torch.cat([neighbour, torch.arange(3, 7) % vocabulary]).to(parallel.device)
+        positions = torch.cat([torch.arange(12), torch.arange(4)]).to(parallel.device)
+        keep = torch.arange(12, 16, device=parallel.device)
+        results.append(model.logits(ids, positions, keep).float().log_softmax(-1))
+    if model.sharded:
+        model.module.reshard()  # a forward without backward leaves the root's parameters whole
+    difference = float((results[0] - results[1]).abs().max())
+    if difference > (1e-4 if parallel.compute_dtype == torch.float32 else 5e-2):
+        raise ModelError(
+            f"packed sequences leak into each other in {type(model.module).__name__} with "
+            f"attn_implementation {model.module.config._attn_implementation} "
+            f"(log-probs moved by {difference:.2g}); "
+            "leave model.attn_implementation out"
+        )
 
 
 def _check_ties(module: Any) -> None:
