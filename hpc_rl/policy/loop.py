@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 from hpc_rl.bus import messages as m
 from hpc_rl.policy.trainer import Trainer, TrainerContext, make_trainer
-from hpc_rl.recipe.extensions import registry
 from hpc_rl.roles import RoleProcess
 from hpc_rl.telemetry.console import step_line
 from hpc_rl.weights.protocol import PushResult, Sender, drain
+from hpc_rl.weights.transports import make_sender
 
 LOAD_LIMIT_S = 3600.0
 STEP_LIMIT_S = 3600.0
@@ -117,26 +117,11 @@ class PolicyLoop:
 
     def _get_sender(self) -> Sender:
         if self._sender is None:
-            assert self.weights is not None
-            assert self.role.recipe.rollout is not None
-            transport = registry("transports").load(self._transport())
-            parallel = self.role.recipe.rollout.parallel
-            self._sender = transport.sender(
-                self.context.bus_file,
-                attempt=self.role.attempt,
-                workers=parallel.tp * parallel.pp,
-                bucket_bytes=self.weights.bucket_mb << 20,
-                timeout_s=self.weights.timeout_s,
+            assert self.context.bus_file is not None
+            self._sender = make_sender(
+                self.role.recipe, self.role.plan, self.context.bus_file, self.role.attempt
             )
-        assert self._sender is not None
         return self._sender
-
-    def _transport(self) -> str:
-        assert self.weights is not None
-        if self.weights.transport != "auto":
-            return self.weights.transport
-        on_gpu = self.role.plan.group("rollout").gpus_per_task > 0
-        return "nccl" if on_gpu and self.role.plan.group("policy").gpus_per_task > 0 else "gloo"
 
     def _save(self, message: m.SaveCheckpoint) -> None:
         folder = self.role.run_dir.checkpoint(message.step) / "policy"
