@@ -58,7 +58,14 @@ NO_TORCH = [
 ]
 NO_TORCH += ["cli", "telemetry"]
 # Single modules of torch rooms that the controller and the command line use.
-NO_TORCH_MODULES = ["hpc_rl.data.rows", "hpc_rl.algorithms.advantages"]
+NO_TORCH_MODULES = [
+    "hpc_rl.data.rows",
+    "hpc_rl.data.order",
+    "hpc_rl.data.packing",
+    "hpc_rl.data.prompts",
+    "hpc_rl.algorithms.advantages",
+    "hpc_rl.checkpoint.layout",
+]
 HEAVY = ("torch", "transformers", "vllm")
 
 

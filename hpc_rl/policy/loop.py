@@ -7,8 +7,7 @@ any further agreement. Rank 0 answers; the other ranks only say that they are re
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from hpc_rl.bus import messages as m
 from hpc_rl.policy.trainer import Trainer, TrainerContext, make_trainer
@@ -83,16 +82,9 @@ class PolicyLoop:
             case _:
                 raise AssertionError(f"the policy has no use for {type(message).__name__}")
 
-    @contextmanager
-    def _phase(self, name: str, limit_s: float) -> Iterator[None]:
-        """The phase of a block. After an exception it stays, so that the cause names it."""
-        self.role.phase(name, limit_s)
-        yield
-        self.role.phase("idle")
-
     def _train(self, message: m.TrainStep) -> None:
         began = time.monotonic()
-        with self._phase("step", STEP_LIMIT_S):
+        with self.role.within("step", STEP_LIMIT_S):
             metrics = self.trainer.train_step(message)
         seconds = time.monotonic() - began
         self.role.step = message.step
@@ -105,7 +97,7 @@ class PolicyLoop:
         assert self.weights is not None, "a run without rollouts was told to push weights"
         source = self.trainer.source()
         limit = self.weights.timeout_s
-        with self._phase("sync", limit + 60.0):
+        with self.role.within("sync", limit + 60.0):
             if self.rank != 0:
                 drain(source, self.weights.bucket_mb << 20)
                 return
@@ -125,14 +117,14 @@ class PolicyLoop:
 
     def _save(self, message: m.SaveCheckpoint) -> None:
         folder = self.role.run_dir.checkpoint(message.step) / "policy"
-        with self._phase("save", SAVE_LIMIT_S):
+        with self.role.within("save", SAVE_LIMIT_S):
             stall = self.trainer.stage_checkpoint(message.step, folder, message.sync)
         if self.rank == 0:
             self._writing += 1
             self.role.send(m.CheckpointStaged(message.step, stall))
 
     def _export(self, message: m.ExportModel) -> None:
-        with self._phase("export", SAVE_LIMIT_S):
+        with self.role.within("export", SAVE_LIMIT_S):
             self.trainer.export(message.step, message.label, self.role.run_dir.safetensors / message.label)
         if self.rank == 0:
             self._writing += 1
@@ -151,7 +143,7 @@ class PolicyLoop:
                 self.role.send(result)
 
     def _stop(self, message: m.Stop) -> None:
-        with self._phase("stop", SAVE_LIMIT_S):
+        with self.role.within("stop", SAVE_LIMIT_S):
             self._report(self.trainer.finish())
         self.role.log.info("stopped: %s", message.reason)
         self.role.send(m.RoleStopped("policy", self.rank))

@@ -109,13 +109,14 @@ class RoleProcess:
 
     @contextmanager
     def within(self, name: str, limit_s: float | None = None) -> Iterator[None]:
-        """`phase(name)` for a block; afterwards the earlier phase goes on."""
+        """`phase(name)` for a block; afterwards the earlier phase goes on.
+
+        After an exception it stays, so that the cause names what was being done.
+        """
         before = self._phase
         self._phase = Phase(name, limit_s)
-        try:
-            yield
-        finally:
-            self._phase = before
+        yield
+        self._phase = before
 
     # --- life --------------------------------------------------------------------------------------
     def __enter__(self) -> Self:

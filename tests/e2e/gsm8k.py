@@ -1,4 +1,4 @@
-"""`recipes/gsm8k-grpo.yaml` on a tiny model, on a real Slurm with vLLM: SFT first, GRPO on its weights then."""
+"""`recipes/gsm8k-grpo.yaml` on a tiny model: real Slurm, real vLLM; SFT first, then GRPO on its weights."""
 
 from __future__ import annotations
 
