@@ -113,9 +113,14 @@ def pip_setting(name: str) -> str:
 def uv_environment() -> dict[str, str]:
     """uv does not read pip's settings; hand them over unless uv has its own."""
     env = dict(os.environ)
-    for ours, pips in (("UV_FIND_LINKS", "find-links"), ("UV_DEFAULT_INDEX", "index-url"), ("UV_INDEX", "extra-index-url")):
+    for ours, pips in (
+        ("UV_FIND_LINKS", "find-links"),
+        ("UV_DEFAULT_INDEX", "index-url"),
+        ("UV_INDEX", "extra-index-url"),
+    ):
         value = " ".join(
-            part for part in pip_setting(pips).split()
+            part
+            for part in pip_setting(pips).split()
             if not part.startswith("file:") or Path(part.removeprefix("file://")).is_dir()
         )
         if ours not in env and value and not (ours == "UV_INDEX" and "UV_EXTRA_INDEX_URL" in env):
@@ -134,7 +139,17 @@ def ensure_uv() -> Path:
         return uv
     say(f"installing uv {UV_VERSION} into .setup/uv")
     run([sys.executable, "-m", "venv", STATE / "uv"])
-    run([STATE / "uv" / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", f"uv=={UV_VERSION}"])
+    run(
+        [
+            STATE / "uv" / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            f"uv=={UV_VERSION}",
+        ]
+    )
     return uv
 
 
@@ -143,7 +158,10 @@ def digest(*paths: Path) -> str:
 
 
 def install_packages(uv: Path, flavour: str) -> None:
-    pins, overrides = ROOT / "constraints" / f"{flavour}.txt", ROOT / "constraints" / f"{flavour}-overrides.txt"
+    pins, overrides = (
+        ROOT / "constraints" / f"{flavour}.txt",
+        ROOT / "constraints" / f"{flavour}-overrides.txt",
+    )
     inputs = [path for path in (pins, overrides, ROOT / "pyproject.toml", Path(__file__)) if path.exists()]
     inputs += sorted((ROOT / "tools" / "cpu").glob("hpcrl_*")) if flavour == "cpu" else []
     stamp, wanted = STATE / f"packages-{flavour}", digest(*inputs)
@@ -157,7 +175,9 @@ def install_packages(uv: Path, flavour: str) -> None:
         probe = [uv, "pip", "install", "-p", python, "--dry-run", "--no-deps", "-q", "torch==2.13.0+cpu"]
         answer = subprocess.run([str(part) for part in probe], env=env, capture_output=True, text=True)
         if answer.returncode != 0:
-            sys.exit(TORCH_HELP + "\n  uv said: " + (answer.stderr.strip().splitlines() or ["nothing"])[-1].strip())
+            sys.exit(
+                TORCH_HELP + "\n  uv said: " + (answer.stderr.strip().splitlines() or ["nothing"])[-1].strip()
+            )
     say(f"installing the pinned packages of constraints/{flavour}.txt (about 3 GB; minutes on a first run)")
     started = time.monotonic()
     command = [uv, "pip", "install", "-q", "-p", python, "--compile-bytecode", "-r", pins]
@@ -180,16 +200,22 @@ def install_cpu_shim(python: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flavour", choices=["cpu", "gpu"], default="cpu", help="which pinned set (gpu: untested)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--flavour", choices=["cpu", "gpu"], default="cpu", help="which pinned set (gpu: untested)"
+    )
     arguments = parser.parse_args()
     if sys.version_info[:2] != (3, 11):
-        sys.exit(f"setup: Python 3.11 is needed for the pinned set; this is {sys.version.split()[0]}. "
-                 "Set PYTHON=/path/to/python3.11 for make.")
+        sys.exit(
+            f"setup: Python 3.11 is needed for the pinned set; this is {sys.version.split()[0]}. "
+            "Set PYTHON=/path/to/python3.11 for make."
+        )
     STATE.mkdir(exist_ok=True)
     install_system_packages()
     install_packages(ensure_uv(), arguments.flavour)
-    # Start-up of the command line is measured with byte code; PYTHONDONTWRITEBYTECODE does not stop compileall.
+    # A quick start needs byte code; PYTHONDONTWRITEBYTECODE does not stop compileall.
     run([VENV / "bin" / "python", "-m", "compileall", "-q", ROOT / "hpc_rl"])
     say("ready: .venv/bin/hpc-rl")
 

@@ -17,7 +17,13 @@ def resolve(uv: Path, flavour: str) -> None:
     folder = ROOT / "constraints"
     target, overrides = folder / f"{flavour}.txt", folder / f"{flavour}-overrides.txt"
     command = [uv, "pip", "compile", "-q", folder / f"{flavour}.in", "-p", "3.11", "-o", target, "--upgrade"]
-    command += ["--no-emit-index-url", "--no-annotate", "--no-header", "--python-platform", "x86_64-manylinux_2_28"]
+    command += [
+        "--no-emit-index-url",
+        "--no-annotate",
+        "--no-header",
+        "--python-platform",
+        "x86_64-manylinux_2_28",
+    ]
     command += ["--override", overrides] if overrides.exists() else []
     env = uv_environment()
     if flavour == "gpu":
