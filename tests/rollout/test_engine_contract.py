@@ -183,6 +183,19 @@ def test_end_of_sequence_and_greedy(harness: Harness) -> None:
         assert sample.token_ids.index(EOS) == len(sample.token_ids) - 1
 
 
+def test_more_prompt_tokens_at_once_than_one_batch_holds(harness: Harness) -> None:
+    """Seeded requests whose prompts do not fit into one scheduler step must not be cut into pieces."""
+
+    async def many() -> list[list[Sample]]:
+        prompts = [[10 + (7 * i + j) % 400 for j in range(350)] for i in range(20)]
+        return await asyncio.gather(
+            *(harness.engine.generate(prompt, SHORT, 2, f"m{i}") for i, prompt in enumerate(prompts))
+        )
+
+    answers = harness.run(many())
+    assert all(len(samples) == 2 for samples in answers)
+
+
 def test_top_p_is_renormalised(harness: Harness) -> None:
     sampling = Sampling(temperature=1.0, top_p=0.5, max_tokens=1, seed=1)
     samples = harness.run(harness.engine.generate(PROMPT, sampling, 16, "p"))

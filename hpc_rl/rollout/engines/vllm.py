@@ -72,6 +72,9 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         arguments["max_num_seqs"] = options.max_num_seqs
     if on_gpu:
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+    else:
+        # A prompt in chunks makes vLLM step a seeded generator back, which torch's CPU generator cannot.
+        arguments["enable_chunked_prefill"] = False
     if settings.transfer is not None:
         backend = load_transport(settings.transfer.transport).vllm_backend
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=backend)
