@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -115,3 +116,28 @@ def test_any_other_loss_ends_the_attempt_with_the_first_cause(
     assert status["state"] == "FAILED"
     assert time.monotonic() - killed < 60
     assert words in json.dumps(status["first_cause"])
+
+
+def test_submit_here_runs_inside_an_allocation(devcluster, workspace: Path) -> None:  # type: ignore[no-untyped-def]
+    """`salloc`, then `hpc-rl submit --here --follow`: the allocation's node is used, nothing is queued."""
+    recipe = tiny.sft_recipe(workspace, policy={"steps": 3}, cluster={"placement": None})
+    submit = [sys.executable, "-m", "hpc_rl.cli.main", "submit", str(recipe), "--here", "--follow"]
+    site = ["--site", str(devcluster.site_profile)]
+    allocate = [
+        "salloc",
+        "--partition",
+        devcluster.spec.partition_of("policy"),
+        "--nodes",
+        "1",
+        "--ntasks",
+        "1",
+    ]
+    done = devcluster.run(
+        *allocate, "--cpus-per-task", "2", *submit, *site, timeout_s=200, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (root,) = (workspace / "runs" / "tiny-sft").iterdir()
+    run = Run(root, dict(devcluster.env))
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+    assert run.status()["state"] == "COMPLETED"
+    assert (root / "safetensors" / "final" / "model.safetensors").is_file()
