@@ -221,4 +221,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"setup: this command failed with code {error.returncode}: {' '.join(map(str, error.cmd))}")
