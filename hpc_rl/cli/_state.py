@@ -192,10 +192,11 @@ def total_steps(run: RunDir, events: Sequence[Mapping[str, Any]], *, since: floa
         if event.get("kind") == "training" and event.get("total_steps") and event["time"] >= since:
             return int(event["total_steps"])
     try:
-        planned = json.loads(run.plan.read_text(encoding="utf-8")).get("total_steps")
-    except (FileNotFoundError, json.JSONDecodeError):
+        plan = json.loads(run.plan.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # missing or damaged: `resume` says so, the state is known without it
         return None
-    return int(planned) if planned else None
+    planned = plan.get("total_steps") if isinstance(plan, dict) else None
+    return planned if isinstance(planned, int) and planned else None
 
 
 def role_lines(

@@ -89,7 +89,13 @@ def prepare_resume(run: RunDir, overrides: list[str]) -> tuple[Prepared, dict[st
     # The profile as it was at submission: a site file that has changed or gone must not matter.
     profile = None
     if not any(word.startswith("cluster.site=") for word in overrides):
-        profile = Site.model_validate(read_plan(run.plan).site_profile)
+        try:
+            profile = Site.model_validate(read_plan(run.plan).site_profile)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{run.plan} is missing or damaged, so the site of the run is not known "
+                f"({str(error).splitlines()[0]}); name it: cluster.site=NAME"
+            ) from error
     prepared = prepare(run.resolved, overrides, profile=profile)
     differences = changes(old.model_dump(mode="json"), prepared.recipe.model_dump(mode="json"))
     refused = [key for key in differences if not may_change(key)]

@@ -7,6 +7,8 @@ excludes another (`steps` and `epochs`) removes the one that a lower layer set.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def find_recipe(name: str, folder: Path) -> Path:
 
     Raises FileNotFoundError that lists the shipped names.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # of an unknown ~user: as it is, and so not there
     path = path if path.is_absolute() else folder / path
     if path.is_file():
         return path
@@ -132,7 +134,9 @@ def shown_override(text: str) -> str:
 
     key, mark, value = text.partition("=")
     path: KeyPath = tuple(key.split("."))
-    return f"{key}{mark}(hidden)" if is_secret(path) else f"{key}{mark}{value}"
+    names = re.findall(r"([\w-]+)['\"]?\s*[:=]", value)  # keys inside the value, as in variables={X_TOKEN: …}
+    hidden = is_secret(path) or is_secret(tuple(names)) or "secrets" in names
+    return f"{key}{mark}(hidden)" if hidden else f"{key}{mark}{value}"
 
 
 def _apply(source: Source, text: str) -> Source:
@@ -140,6 +144,8 @@ def _apply(source: Source, text: str) -> Source:
     parts = key.strip().split(".")
     if not mark or not all(parts):
         raise ValueError("must look like a.b=value, for example policy.steps=10")
+    if parts == ["extends"]:
+        raise ValueError("must be written in the recipe file; it cannot be changed by an override")
     path: list[str | int] = []
     origin = f"override '{shown_override(text)}'"
     value, inner = parse_value(raw, origin)

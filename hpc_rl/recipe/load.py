@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,9 @@ class _Extensions:
             key = {"trainers": "trainer", "engines": "engine", "transports": "transport"}.get(kind, "name")
             self._bad(str(error), *owner, key)
             return {}
+        except (ImportError, TypeError) as error:  # a plugin whose config is not there, or is no config
+            self._bad(f"{kind} extension {name!r} cannot be used: {error}", *path)
+            return {}
         config, found = validate(cls, options_of(cls, mapping), self.source, path)
         self.problems.extend(found)
         return config.model_dump(mode="json") if config else {}
@@ -177,7 +181,7 @@ def _localise(recipe: Recipe, source: Source) -> None:
     def absolute(value: str, path: KeyPath, *, always: bool = False) -> str:
         place = source.where(path)
         folder = place.folder if place else Path.cwd()
-        candidate = Path(value).expanduser()
+        candidate = Path(os.path.expanduser(value))
         local = always or value.startswith((".", "/", "~")) or value.endswith(_DATA_SUFFIXES)
         target = candidate if candidate.is_absolute() else folder / candidate
         return str(target.resolve()) if local or target.exists() else value

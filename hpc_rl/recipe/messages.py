@@ -114,7 +114,7 @@ def _problem(
 
 def _text(model: type[BaseModel], detail: ErrorDetails, path: KeyPath, renames: bool) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-    shown = "(hidden)" if is_secret(path) else show(value)
+    shown = "(hidden)" if is_secret(path) or _holds_secret(value) else show(value)
     if kind == "extra_forbidden":
         allowed_keys = _keys_at(model, detail["loc"][:-1])
         return unknown_key(str(path[-1]), allowed_keys, dotted(path), shown, renames)
@@ -143,6 +143,13 @@ def is_secret(path: KeyPath) -> bool:
     if path[:2] == ("cluster", "secrets"):
         return True
     return any(isinstance(part, str) and _SECRET_KEY.search(part) for part in path)
+
+
+def _holds_secret(value: Any) -> bool:
+    """True if a key inside the value looks like that of a secret."""
+    if isinstance(value, dict):
+        return any(is_secret((key,)) or key == "secrets" or _holds_secret(v) for key, v in value.items())
+    return isinstance(value, list) and any(_holds_secret(item) for item in value)
 
 
 def _hint(kind: str, value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def is_file_plugin(name: str) -> bool:
 
 def locate(name: str, folder: Path) -> Path:
     """The file of a `.py` plugin, relative to `folder` (or to its `code/`, inside a run directory)."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     candidates = [path] if path.is_absolute() else [folder / path, folder / "code" / path.name]
     for candidate in candidates:
         if candidate.is_file():
@@ -49,7 +50,7 @@ def import_plugin(plugin: str | Path) -> None:
             importlib.import_module(plugin)
     except PluginError:
         raise
-    except Exception as error:  # whatever a user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
         cause = f"{type(error).__name__}: {error}"
         raise PluginError(f"plugin {str(plugin)!r} cannot be imported: {cause}") from error
 

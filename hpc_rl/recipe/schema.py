@@ -72,7 +72,7 @@ class PolicyParallel(Section):
 
 class Optimizer(Section):
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(default=1e-6, ge=0)
+    lr: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -16,13 +16,15 @@ import yaml
 
 KeyPath = tuple[str | int, ...]
 
-_INT = re.compile(r"[-+]?[0-9]+\Z")
+_INT = re.compile(r"[-+]?[0-9]{1,400}\Z")  # Python refuses thousands of digits with a traceback
 _OCT = re.compile(r"0o[0-7]+\Z")
 _HEX = re.compile(r"0x[0-9a-fA-F]+\Z")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _INF = re.compile(r"[-+]?\.(inf|Inf|INF)\Z")
 _NULL = ("", "~", "null", "Null", "NULL")
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+
+_MAX_DEPTH, _MAX_VALUES = 64, 100_000  # aliases can make a short file endless
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -122,6 +124,12 @@ class _Reader:
         self.places[path] = Where(self.origin, node.start_mark.line + 1, self.folder, raw)
 
     def value(self, node: Any, path: KeyPath) -> Any:
+        if len(path) > _MAX_DEPTH or len(self.places) > _MAX_VALUES:
+            what = f"is nested deeper than {_MAX_DEPTH} levels"
+            if len(path) <= _MAX_DEPTH:
+                what = f"has more than {_MAX_VALUES} values"
+            message = f"{what}; look for aliases (*name) that repeat themselves"
+            raise RecipeError([Problem(f"{self.origin}:{node.start_mark.line + 1}", "", message)])
         if isinstance(node, yaml.ScalarNode):
             plain = _is_plain(node)
             self.places.setdefault(path, Where(self.origin, node.start_mark.line + 1, self.folder))
@@ -176,7 +184,8 @@ def parse_yaml(text: str, origin: str, folder: Path) -> Source:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
+        tab = "\\t" in str(error.problem) or (mark and _starts_with_tab(text, mark.line))
+        hint = "; indent with spaces, not tabs" if tab else ""
         message = f"not valid YAML: {error.problem or error.context}{hint}"
         raise RecipeError([Problem(f"{origin}{line}", "", message)]) from error
     except yaml.YAMLError as error:  # for example a character that YAML does not allow
@@ -190,6 +199,11 @@ def parse_yaml(text: str, origin: str, folder: Path) -> Source:
     if reader.problems:
         raise RecipeError(reader.problems)
     return Source(data, reader.places)
+
+
+def _starts_with_tab(text: str, line: int) -> bool:
+    lines = text.splitlines()
+    return line < len(lines) and "\t" in lines[line][: -len(lines[line].lstrip()) or None]
 
 
 def read_yaml(path: Path) -> Source:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hpc_rl.run import jsonl
 from hpc_rl.run.events import first_cause
-from hpc_rl.run.paths import RunDir
+from hpc_rl.run.paths import RunDir, RunError
 
 
 @dataclass
@@ -39,7 +39,12 @@ def read_attempts(run: RunDir) -> list[Attempt]:
     attempts: dict[int, Attempt] = {}
     for entry in jsonl.read(run.attempts):
         known: dict[str, Any] = {key: entry[key] for key in Attempt.__dataclass_fields__ if key in entry}
-        attempts[int(entry["attempt"])] = Attempt(**known)
+        try:
+            attempts[int(entry["attempt"])] = Attempt(**known)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{run.attempts}: an entry is not an attempt ({error}); remove that line"
+            ) from error
     return [attempts[number] for number in sorted(attempts)]
 
 

@@ -135,6 +135,30 @@ def test_a_run_that_does_not_exist(tmp_path: Path, command: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "\xff", '{"name": 1}'])
+def test_a_damaged_plan_still_gives_a_state_and_a_clear_line(tmp_path: Path, damage: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "resolved.yaml").write_text(make_recipe(tmp_path).read_text())
+    (run / "plan.json").write_bytes(damage.encode("latin-1"))
+    shown = hpc_rl_forked("status", run, "--json", cwd=tmp_path)
+    assert (shown.returncode, json.loads(shown.stdout)["total_steps"]) == (0, None), shown.stderr
+    done = hpc_rl_forked("resume", run, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {run}/plan.json is missing or damaged")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_damaged_record_of_attempts_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "resolved.yaml").write_text(make_recipe(tmp_path).read_text())
+    (run / "attempts.jsonl").write_text('{"attempt": "x"}\n')
+    done = hpc_rl_forked("status", run, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {run}/attempts.jsonl: an entry is not an attempt")
+
+
 def test_check_and_render_refuse_in_the_same_words(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     for command in ("check", "render"):

@@ -83,6 +83,17 @@ def _rest(item: dict[str, Any]) -> dict[str, Any]:
             "reward.7.weight=2",
             "override 'reward.7.weight=2': reward has 1 entries; index 7 is beyond its end",
         ),
+        (
+            "extends=gsm8k-sft",
+            "override 'extends=gsm8k-sft': must be written in the recipe file; it cannot be changed",
+        ),
+        ("policy.optimizer.lr=.inf", "override 'policy.optimizer.lr=.inf': policy.optimizer.lr: is Infinity"),
+        ("seed=" + "9" * 5000, "override 'seed=999"),
+        (
+            "cluster.variables={HF_TOKEN: hf_value}",
+            "override 'cluster.variables=(hidden)': cluster.variables.HF_TOKEN: looks like a secret",
+        ),
+        ("polcy={A_TOKEN: hf_value}", "override 'polcy=(hidden)': polcy: unknown key (value (hidden))"),
         ("policy.steps=[1", "override 'policy.steps=[1': not valid YAML: '[1'"),
         (
             "policy.stepz=1",
@@ -198,6 +209,28 @@ def test_loading_imports_nothing_heavy() -> None:
         env=dict(os.environ),
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_home_of_an_unknown_user_is_no_traceback(write: Write, wrong: Wrong) -> None:
+    load_recipe("small.yaml", ["data.train.path=~nobody-here/rows.jsonl"])  # `check` says it is not there
+    assert "no recipe file" in wrong(write("extends: ~nobody-here/a.yaml\n"))
+    assert "does not exist" in wrong("small.yaml", "plugins=[~nobody-here/a.py]")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys\nsys.exit(0)\n", "plugins.0: plugin"),
+        (
+            "from hpc_rl.recipe.extensions import register\n"
+            "register('rewards', 'lost-config', config='lost_plugin:C', implementation='lost_plugin:C')\n",
+            "reward.0: rewards extension 'lost-config' cannot be used: module lost_plugin has no 'C'",
+        ),
+    ],
+)
+def test_a_plugin_that_leaves_or_has_no_config(write: Write, wrong: Wrong, code: str, message: str) -> None:
+    write(code, "lost_plugin.py")
+    assert message in wrong("small.yaml", "plugins=[lost_plugin.py]", "reward=[{name: lost-config}]")
 
 
 def test_errors_are_value_errors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_places_are_lines_of_the_file() -> None:
         ("just text", "f.yaml:1: must be a mapping of keys to values"),
         ("a: &x {b: 1}\nc:\n  <<: *x\n", "f.yaml:3: c: '<<' merges are not read; use 'extends'"),
         ("? [a]\n: 1\n", "f.yaml:1: a key must be text"),
+        (
+            "a: &x [*x]\n",
+            "f.yaml:1: is nested deeper than 64 levels; look for aliases (*name) that repeat themselves",
+        ),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]\n" for x, y in pairwise("abcdefgh")),
+            "f.yaml:1: has more than 100000 values; look for aliases (*name) that repeat themselves",
+        ),
+        (
+            "a:\n\tb: 1\n",
+            "f.yaml:2: not valid YAML: found character that cannot start any token; "
+            "indent with spaces, not tabs",
+        ),
     ],
 )
 def test_what_is_refused(text: str, message: str) -> None:
