@@ -262,6 +262,13 @@ def _open_hub(spec: DatasetSpec) -> tuple[_Store, str]:
 
 
 def _file_digest(path: Path) -> str:
+    try:
+        return _digest(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _digest(path: Path) -> str:
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

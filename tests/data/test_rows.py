@@ -114,3 +114,12 @@ def test_missing_files_splits_and_data_sets_are_named(files: Path, tmp_path: Pat
         load_rows(DatasetSpec(path="empty.jsonl"), tmp_path)
     with pytest.raises(DataError, match="hpc-rl fetch"):
         load_rows(DatasetSpec(path="nobody/nothing-of-that-name"), tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_named(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", closed)  # permission bits would not stop root
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
+        load_rows(DatasetSpec(path=str(files / "rows.jsonl"), **SPEC))
