@@ -284,7 +284,8 @@ class Bus:
             fresh = self._open()
         except FileNotFoundError:
             return  # the attempt is over or the file is being replaced; the deadline decides
-        self._redis.close()
+        # Only idle connections: another thread may be blocked in one, and would see a closed file.
+        self._redis.connection_pool.disconnect(inuse_connections=False)
         self._redis = fresh
 
 

@@ -35,6 +35,7 @@ class Run:
 
     root: Path
     env: dict[str, str]
+    awaited: int = 1  # entries in attempts.jsonl (two per attempt) before an end can be that of this attempt
 
     @classmethod
     def submit(cls, recipe: Path, *overrides: str, env: dict[str, str] | None = None) -> Run:
@@ -44,23 +45,31 @@ class Run:
     def status(self) -> dict:
         return json.loads(hpc_rl("status", self.root, "--json", env=self.env))
 
+    def ended(self) -> bool:
+        """The latest attempt has written how it ended. Cheap: asking `status` costs a Python start."""
+        attempts = read_jsonl(self.root / "attempts.jsonl")
+        return bool(attempts) and attempts[-1]["end"] is not None and len(attempts) >= self.awaited
+
     def wait_for(self, what: Callable[[], bool], timeout_s: float, name: str) -> None:
         deadline = time.monotonic() + timeout_s
         while not what():
-            status = self.status()
-            if status["state"] in FINAL and not what():
-                raise AssertionError(f"{name}: the run ended as {status}\n{self.tail()}")
+            if self.ended() and not what():
+                raise AssertionError(f"{name}: the run ended as {self.status()}\n{self.tail()}")
             if time.monotonic() > deadline:
-                raise AssertionError(f"{name}: not within {timeout_s} s; {status}\n{self.tail()}")
-            time.sleep(0.5)
+                raise AssertionError(f"{name}: not within {timeout_s} s; {self.status()}\n{self.tail()}")
+            time.sleep(0.2)
 
     def wait(self, timeout_s: float = 240) -> dict:
         """Until the run has ended; its status."""
         deadline = time.monotonic() + timeout_s
-        while (status := self.status())["state"] not in FINAL:
-            assert time.monotonic() < deadline, f"not ended within {timeout_s} s: {status}\n{self.tail()}"
-            time.sleep(0.5)
-        return status
+        asked = time.monotonic()
+        while True:
+            if self.ended() or time.monotonic() - asked > 10:  # rarely: what ended without a word
+                asked = time.monotonic()
+                if (status := self.status())["state"] in FINAL:
+                    return status
+            assert time.monotonic() < deadline, f"not ended within {timeout_s} s\n{self.tail()}"
+            time.sleep(0.3)
 
     def complete(self, timeout_s: float = 240) -> dict:
         status = self.wait(timeout_s)
@@ -80,6 +89,7 @@ class Run:
         return [event for event in read_jsonl(self.root / "events.jsonl") if event["kind"] == kind]
 
     def resume(self, *overrides: str) -> None:
+        self.awaited = len(read_jsonl(self.root / "attempts.jsonl")) + 2
         hpc_rl("resume", self.root, *overrides, env=self.env)
 
     def cancel(self, *options: str) -> None:
