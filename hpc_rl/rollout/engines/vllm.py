@@ -44,6 +44,10 @@ def set_environment(options: VllmOptions) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cpu_kv_cache_gb))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if options.enforce_eager is not False:
+            # What vLLM compiles beside the model (a count of log-probs) is compiled anew, by a C++ compiler
+            # and for tens of seconds, whenever the batch takes another shape; a push can time out on that.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
