@@ -272,6 +272,7 @@ class RlController(Controller):
         groups, drops, metrics = self.batch.pop(message.step)
         now = time.monotonic()
         metrics |= {**message.metrics, "time/train_s": message.seconds, "time/step_s": now - self.stepped}
+        metrics["time/push_s"] = self.pushes.seconds  # the newest push, overlapped with generation
         metrics["rollout/tokens_per_s"] = metrics.get("rollout/tokens", 0.0) / max(now - self.stepped, 1e-9)
         self.stepped = now
         self.ledger.append(
