@@ -35,9 +35,9 @@ class PacedTrainerOptions(Section):
 
 
 class PacedEngineOptions(Section):
-    mean_s: float = Field(0.160, gt=0)
+    mean_s: float = Field(0.080, gt=0)
     sigma: float = 0.5
-    slots: int = Field(16, ge=1)
+    slots: int = Field(8, ge=1)
 
 
 def lognormal(seed: int, mean_s: float, sigma: float) -> float:

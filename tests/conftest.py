@@ -1,4 +1,4 @@
-"""Fixtures of all rooms; makes this folder's helper modules (`tiny_models`, ...) importable."""
+"""Fixtures of all rooms."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rl.bus.server import RedisServer
 from hpc_rl.cluster.devcluster import DevCluster, MissingPackages, ProfileSpec, default_spec
 
 
-def _session_cluster(name: str, spec: ProfileSpec) -> Iterator[DevCluster]:
-    """Up at the first test that asks, down at the end of the session; skips where packages are missing."""
+def up_and_down(name: str, spec: ProfileSpec) -> Iterator[DevCluster]:
+    """A cluster that is up for as long as the fixture lives; skips where packages are missing."""
     # A short path (Unix sockets) that, under root, other users can reach too.
     cluster = DevCluster(Path(tempfile.gettempdir()) / f"hpc-rl-{name}-{os.getpid()}", spec)
     try:
@@ -32,10 +33,21 @@ def devcluster() -> Iterator[DevCluster]:
 
     One per session: end what you submit (`devcluster.cancel_all()`).
     """
-    yield from _session_cluster("test", default_spec(urgent=True))
+    yield from up_and_down("test", default_spec(urgent=True))
 
 
 @pytest.fixture(scope="session")
 def accounting_devcluster() -> Iterator[DevCluster]:
     """The same with slurmdbd, for tests that need `sacct`. About ten seconds to start."""
-    yield from _session_cluster("acct", default_spec(accounting=True))
+    yield from up_and_down("acct", default_spec(accounting=True))
+
+
+@pytest.fixture(scope="session")
+def bus_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The bus file of one real Redis for all tests that ask (`tests/bus` gives each test its own)."""
+    folder = tmp_path_factory.mktemp("redis")
+    server = RedisServer(folder / "data")
+    server.start()
+    server.write_bus_file(folder / "bus.json")
+    yield folder / "bus.json"
+    server.stop()

@@ -9,8 +9,8 @@ from pydantic import field_validator
 
 from hpc_rl.recipe.schema import Section
 
-NUMBER_LINE = r"(?m)^\s*####\s*\$?[-+]?\$?\d[\d,]*(?:\.\d+)?\s*$"
-"""A line `#### <number>`, as GSM8K's answers end."""
+NUMBER_LINE = r"(?m:^)\s*####\s*\$?[-+]?\$?\d[\d,]*(?:\.\d+)?\s*\Z"
+"""A last line `#### <number>`, as GSM8K's answers end."""
 
 
 class Gsm8kConfig(Section):
@@ -24,7 +24,10 @@ class Gsm8kConfig(Section):
 
 
 class FormatConfig(Section):
-    """1.0 if `pattern` (a Python regular expression) is found in the response."""
+    """1.0 if `pattern` (a Python regular expression) is found in the response.
+
+    The default asks for a response that ends with GSM8K's line `#### <number>`.
+    """
 
     pattern: str = NUMBER_LINE
 

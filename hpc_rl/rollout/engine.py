@@ -126,6 +126,19 @@ class Engine(Protocol):
         ...
 
 
+def prompt_room(prompt_ids: Sequence[int], max_model_len: int, vocab_size: int) -> int:
+    """How many tokens can follow the prompt. Raises PromptError: none, no prompt, or an unknown token."""
+    room = max_model_len - len(prompt_ids)
+    if room < 1 or not prompt_ids:
+        raise PromptError(
+            f"the prompt has {len(prompt_ids)} tokens; between 1 and {max_model_len - 1} fit "
+            "(rollout.max_model_len)"
+        )
+    if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:
+        raise PromptError(f"the prompt has a token outside the vocabulary of {vocab_size}")
+    return room
+
+
 def make_engine(name: str, settings: EngineSettings) -> Engine:
     """An engine by its registered name. Raises UnknownExtension."""
     engine: Engine = registry("engines").load(name)(settings)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from hpc_rl.cluster.environment import role_environment, step_environment
@@ -90,8 +91,8 @@ class Environments:
         return Environments(plan, self._recipe).of("controller")
 
 
-class LocalLauncher:
-    """Roles as child processes of the supervisor, on this machine."""
+class _PlanLauncher:
+    """What both launchers know: the run, its plan, and the environment of each role."""
 
     def __init__(
         self, run: RunDir, plan: Plan, recipe: Recipe, attempt: int, *, modules: Mapping[str, str] = MODULES
@@ -102,14 +103,23 @@ class LocalLauncher:
         self._modules = modules
         self._environments = Environments(plan, recipe)
 
+    def _command(self, role: str, incarnation: int, python: str) -> list[str]:
+        return role_command(self._modules, self._run, role, self._attempt, incarnation, python)
+
+    def _log(self, role: str, task: int | str) -> Path:
+        return self._run.attempt_logs(self._attempt) / f"{role}_{task}.log"
+
+
+class LocalLauncher(_PlanLauncher):
+    """Roles as child processes of the supervisor, on this machine."""
+
     def start(self, role: str, index: int, incarnation: int) -> Step:
         """The policy's step is all its ranks; a rollout step is the one replica `index`."""
         group = group_of(self._plan, role)
-        command = role_command(self._modules, self._run, role, self._attempt, incarnation, sys.executable)
+        command = self._command(role, incarnation, sys.executable)
         tasks = list(range(group.tasks)) if role == "policy" else [index]
         option = "--rank" if role == "policy" else "--replica"
-        folder = self._run.attempt_logs(self._attempt)
-        logs = [folder / f"{role}_{task}.log" for task in tasks]
+        logs = [self._log(role, task) for task in tasks]
         # Each process would take every core for itself; the user's own setting wins.
         defaults = {"OMP_NUM_THREADS": str(group.cpus_per_task)}
         environment = {**defaults, **self._environments.of(role)}
@@ -136,28 +146,16 @@ class LocalLauncher:
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
 
 
-class SlurmLauncher:
+class SlurmLauncher(_PlanLauncher):
     """Roles as job steps of the allocation: one `srun` for the policy, one per replica."""
-
-    def __init__(
-        self, run: RunDir, plan: Plan, recipe: Recipe, attempt: int, *, modules: Mapping[str, str] = MODULES
-    ) -> None:
-        self._run = run
-        self._plan = plan
-        self._attempt = attempt
-        self._modules = modules
-        self._environments = Environments(plan, recipe)
 
     def start(self, role: str, index: int, incarnation: int) -> Step:
         """`srun` itself is the child; what it says of the step goes to a log of its own."""
         group = group_of(self._plan, role)
         site = self._environments.site
-        python = role_python(site, group, sys.executable)
-        command = role_command(self._modules, self._run, role, self._attempt, incarnation, python)
+        command = self._command(role, incarnation, role_python(site, group, sys.executable))
         if role != "policy":
             command += ["--replica", str(index)]
-        folder = self._run.attempt_logs(self._attempt)
-        name = f"{role}_%t.log" if role == "policy" else f"{role}_{index}.log"
         variables = self._environments.variables(role)
         runtime = site.container.runtime if group.image is not None else "none"
         argv = step_argv(
@@ -166,13 +164,13 @@ class SlurmLauncher:
             role,
             index,
             command,
-            folder / name,
+            self._log(role, "%t" if role == "policy" else index),
             run_dir=self._run.root,
             incarnation=incarnation,
             variables=variables.keys(),
         )
-        own_log = folder / f"srun_{role}_{index}.log"
+        own_log = self._log(f"srun_{role}", index)
         child = spawn(argv, own_log, self._environments.of(role, runtime=runtime), self._run.root)
         tasks = range(group.tasks) if role == "policy" else [index]
-        logs = [own_log, *(folder / f"{role}_{task}.log" for task in tasks)]
+        logs = [own_log, *(self._log(role, task) for task in tasks)]
         return SlurmStep(role, index, incarnation, argv, logs, [child])

@@ -126,3 +126,12 @@ def test_cancel_save_stops_at_a_step_and_resume_goes_on_from_there(workspace: Pa
     assert run.complete()["step"] == status["step"] + 2
     steps = [row["step"] for row in run.metrics()]
     assert steps == list(range(1, status["step"] + 3))
+
+
+def test_a_file_that_is_missing_on_the_node_ends_the_attempt_and_is_named(workspace: Path) -> None:
+    run = Run.submit(tiny.sft_recipe(workspace))
+    (workspace / "model" / "config.json").rename(workspace / "elsewhere.json")  # after all checks passed
+    status = run.wait(60)
+    assert status["state"] == "FAILED"
+    assert status["first_cause"].startswith("policy 0: ")
+    assert str(workspace / "model") in status["first_cause"]

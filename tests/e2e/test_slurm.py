@@ -43,21 +43,40 @@ def registered(run: Run, role: str, index: int) -> int | None:
     return found
 
 
-def test_a_het_job_runs_to_completed_and_is_seen_in_both_partitions(devcluster, workspace: Path) -> None:  # type: ignore[no-untyped-def]
-    run = submit(devcluster, het(workspace))
+def test_a_het_job_runs_to_completed_and_is_seen_in_both_partitions(
+    accounting_devcluster, workspace: Path
+) -> None:  # type: ignore[no-untyped-def]
+    cluster = accounting_devcluster
+    run = submit(cluster, het(workspace))
     job = run.status()["job_id"]
     run.wait_for_step(1)
-    shown = devcluster.run("squeue", "-h", "-o", "%i %j %P %T").stdout
+    shown = cluster.run("squeue", "-h", "-o", "%i %j %P %T").stdout
     mine = [line.split() for line in shown.splitlines() if line.startswith(f"{job}+")]
     assert sorted((line[0], line[1], line[3]) for line in mine) == [
         (f"{job}+0", "tiny-grpo:policy", "RUNNING"),
         (f"{job}+1", "tiny-grpo:rollout", "RUNNING"),
     ]
-    assert len({line[2] for line in mine}) == 2, "two partitions"
+    partitions = {line[0]: line[2] for line in mine}
+    assert len(set(partitions.values())) == 2
     status = run.complete()
     assert status["step"] == 6
     trained = sorted(o for entry in run.ledger() for o in entry["trained"])
     assert trained == list(range(12))
+    assert accounted(cluster, job) == [
+        [f"{job}+0", "tiny-grpo:policy", partitions[f"{job}+0"], "COMPLETED"],
+        [f"{job}+1", "tiny-grpo:rollout", partitions[f"{job}+1"], "COMPLETED"],
+    ]
+
+
+def accounted(cluster, job: str) -> list[list[str]]:  # type: ignore[no-untyped-def]
+    """What `sacct` says of the components, once slurmdbd was told of their end."""
+    deadline = time.monotonic() + 20
+    while True:
+        asked = ("sacct", "-n", "-X", "-P", "-j", job, "-o", "JobID,JobName,Partition,State")
+        rows = [line.split("|") for line in cluster.run(*asked).stdout.splitlines()]
+        if all(row[3] not in ("RUNNING", "PENDING") for row in rows) or time.monotonic() > deadline:
+            return sorted(rows)
+        time.sleep(0.5)
 
 
 def test_cancel_ends_all_components_within_ten_seconds(devcluster, workspace: Path) -> None:  # type: ignore[no-untyped-def]

@@ -11,33 +11,15 @@ import yaml
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz =:#\n"
 
 
-def make_tokenizer(folder: Path) -> int:
-    """A character-level fast tokenizer with bos, eos and pad; the size of its vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    vocab = {token: index for index, token in enumerate([*special, *CHARACTERS])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
-    return len(vocab)
-
-
 def make_model(folder: Path, seed: int = 0) -> Path:
-    """A Qwen2 of two layers with random weights in fp32 (head_dim 64: vLLM's CPU attention)."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """A Qwen2 of two layers with random weights in fp32, and a character-level tokenizer."""
+    from tests.tiny_models import character_tokenizer, save_model
 
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=make_tokenizer(folder), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    special = ("<pad>", "<bos>", "<eos>", "<unk>")
+    shape = {"vocab_size": len(special) + len(CHARACTERS), "num_key_value_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    save_model(folder, "qwen2", seed, max_position_embeddings=128, **shape, **ids)
+    character_tokenizer(CHARACTERS, *special).save_pretrained(folder)
     return folder
 
 

@@ -56,6 +56,7 @@ def test_gsm8k() -> None:
 
 def test_format() -> None:
     assert score("format", "thus\n#### 12\n") == 1.0
+    assert score("format", "thus\n#### 12\nand more") == 0.0, "it must end there"
     assert score("format", "#### 12 apples") == 0.0
     assert score("format", "12") == 0.0
     assert score("format", "<think>x</think>", pattern="</think>$") == 1.0

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from tiny_models import EOS, FileSource, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from hpc_rl.recipe.extensions import registry
@@ -31,6 +30,7 @@ from hpc_rl.rollout.engine import (
 from hpc_rl.types import Sampling
 from hpc_rl.weights.gloo import GlooTransport
 from hpc_rl.weights.protocol import PushResult, WeightSource, WeightTransferError
+from tests.tiny_models import EOS, FileSource, save_checkpoint
 
 pytestmark = [
     pytest.mark.redis,
@@ -104,7 +104,7 @@ def harness(
 ) -> Iterator[Harness]:
     root = tmp_path_factory.mktemp(request.param)
     # tied embeddings: vLLM's CPU head keeps a repacked copy that an update must refresh
-    folders = {version: tiny_checkpoint(root / str(version), seed=version) for version in range(4)}
+    folders = {version: save_checkpoint(root / str(version), seed=version) for version in range(4)}
     settings = EngineSettings(
         model=str(folders[0]),
         options=registry("engines").config_class(request.param)(),

@@ -7,41 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import EOS, VOCAB, FileSource, tiny_tokenizer
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from hpc_rl.rollout.engine import EngineSettings, TransferSettings, make_engine
 from hpc_rl.rollout.engines.config import HfOptions
 from hpc_rl.types import Sampling
 from hpc_rl.weights.gloo import GlooTransport
+from tests.tiny_models import FileSource, save_checkpoint
 
 pytestmark = [pytest.mark.redis, pytest.mark.torch, pytest.mark.timeout(180)]
 
 
-def moe_checkpoint(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        eos_token_id=EOS,
-        bos_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_mixture_of_experts(bus_file: Path, tmp_path: Path) -> None:
-    old, new = moe_checkpoint(tmp_path / "old", 0), moe_checkpoint(tmp_path / "new", 1)
+    old = save_checkpoint(tmp_path / "old", 0, family="qwen3_moe")
+    new = save_checkpoint(tmp_path / "new", 1, family="qwen3_moe")
     settings = EngineSettings(
         model=str(old), options=HfOptions(), dtype="float32", transfer=TransferSettings(bus_file, 9, 0, 1)
     )

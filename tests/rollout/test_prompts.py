@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import tiny_tokenizer
 
 from hpc_rl.recipe.schema import DatasetSpec
 from hpc_rl.rollout.engine import PromptError
 from hpc_rl.rollout.prompts import PromptCodec, prompt_text
+from tests.tiny_models import word_tokenizer
 
 pytestmark = pytest.mark.torch
 SPEC = DatasetSpec(path="rows")
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 
 def codec(template: str | None = None, adds_bos: bool = False) -> PromptCodec:
-    tokenizer = tiny_tokenizer()
+    tokenizer = word_tokenizer()
     tokenizer.chat_template = template
     if adds_bos:
         from tokenizers.processors import TemplateProcessing

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_models import FileSource, tiny_checkpoint
 
 from hpc_rl.bus import messages as m
 from hpc_rl.bus.client import Bus, Inbox
@@ -23,6 +22,7 @@ from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
 from hpc_rl.types import Prompt, Sampling
 from hpc_rl.weights.gloo import GlooTransport
+from tests.tiny_models import FileSource, save_checkpoint
 
 pytestmark = [pytest.mark.redis, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def answers(message: m.Message) -> bool:
 @pytest.fixture(scope="module")
 def replica(bus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     root = tmp_path_factory.mktemp("worker")
-    folders = [tiny_checkpoint(root / f"model{seed}", seed) for seed in range(2)]
+    folders = [save_checkpoint(root / f"model{seed}", seed) for seed in range(2)]
     run = RunDir.create(root, "worker")
     recipe = Recipe.model_validate(
         {

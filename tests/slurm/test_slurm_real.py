@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 from slurm_cases import CASES, CLUSTER, FOLDER, HET, build, script_of
 
-from hpc_rl.cluster.devcluster import DevCluster, MissingPackages
+from hpc_rl.cluster.devcluster import DevCluster
 from hpc_rl.cluster.slurm import watcher
 from hpc_rl.cluster.slurm.commands import SlurmError
 from hpc_rl.cluster.slurm.executor import HetSlurmExecutor
@@ -25,6 +23,7 @@ from hpc_rl.cluster.slurm.task import SupervisorTask
 from hpc_rl.cluster.slurm.testonly import try_submit
 from hpc_rl.plan import write_plan
 from hpc_rl.plan.site import Site
+from tests.conftest import up_and_down
 
 pytestmark = pytest.mark.slurm
 
@@ -41,15 +40,7 @@ SECRET = "hf_aVerySecretValue"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[DevCluster]:
-    cluster = DevCluster(Path(tempfile.gettempdir()) / f"hpc-rl-slurm-{os.getpid()}", CLUSTER)
-    try:
-        cluster.up()
-    except MissingPackages as missing:
-        pytest.skip(str(missing))
-    try:
-        yield cluster
-    finally:
-        cluster.down()
+    yield from up_and_down("slurm", CLUSTER)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hpc_rl.rollout.engine import EngineError, EngineSettings, PromptError, Sample, WeightReport
+from hpc_rl.rollout.engine import EngineError, EngineSettings, Sample, WeightReport, prompt_room
 from hpc_rl.rollout.engines.config import HfOptions
 from hpc_rl.types import Sampling, VersionSpan
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
@@ -120,14 +120,7 @@ class HfEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
     ) -> list[Sample]:
-        room = self.max_model_len - len(prompt_ids)
-        if room < 1 or not prompt_ids:
-            raise PromptError(
-                f"the prompt has {len(prompt_ids)} tokens; between 1 and {self.max_model_len - 1} fit "
-                "(rollout.max_model_len)"
-            )
-        if max(prompt_ids) >= self.vocab_size or min(prompt_ids) < 0:
-            raise PromptError(f"the prompt has a token outside the vocabulary of {self.vocab_size}")
+        room = prompt_room(prompt_ids, self.max_model_len, self.vocab_size)
         self._waiting.add(request_id)
         try:
             samples: list[Sample] = await self._in_thread(

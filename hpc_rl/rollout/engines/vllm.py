@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from hpc_rl.rollout.engine import EngineError, EngineSettings, PromptError, Sample, WeightReport
+from hpc_rl.rollout.engine import (
+    EngineError,
+    EngineSettings,
+    PromptError,
+    Sample,
+    WeightReport,
+    prompt_room,
+)
 from hpc_rl.rollout.engines.config import VllmOptions
 from hpc_rl.types import Sampling, VersionSpan
 from hpc_rl.weights.protocol import WeightTransferError
@@ -131,12 +138,7 @@ class VllmEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
     ) -> list[Sample]:
-        room = self.max_model_len - len(prompt_ids)
-        if room < 1 or not prompt_ids:
-            raise PromptError(
-                f"the prompt has {len(prompt_ids)} tokens; between 1 and {self.max_model_len - 1} fit "
-                "(rollout.max_model_len)"
-            )
+        room = prompt_room(prompt_ids, self.max_model_len, self.vocab_size)
         greedy = sampling.temperature == 0
         params = sampling_params(
             sampling, 1 if greedy else count, self.settings.stop, min(sampling.max_tokens, room)
