@@ -11,6 +11,11 @@ from typing import Any
 from hpc_rl.catalog.families import Family, family_of
 
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
+# Names of one size over the families; GPT-2's own come second.
+_HEADS = ("num_attention_heads", "n_head")
+_HIDDEN = ("hidden_size", "n_embd")
+_LAYERS = ("num_hidden_layers", "n_layer")
+_KV_HEADS = ("num_key_value_heads",)
 
 
 class ModelFilesError(ValueError):
@@ -36,26 +41,21 @@ class ModelFacts:
 
 def read_facts(folder: Path) -> ModelFacts:
     """Facts of the model in `folder`. Raises ModelFilesError for an unreadable config or weights file."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     assert isinstance(text, dict)
 
     def number(*names: str) -> int | None:
-        for name in names:
-            value = text.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        return None
+        return _first(text, names)
 
-    heads = number("num_attention_heads", "n_head")
-    hidden = number("hidden_size", "n_embd")
+    heads, hidden = number(*_HEADS), number(*_HIDDEN)
     head_dim = number("head_dim") or (hidden // heads if hidden and heads else None)
-    kv_heads = number("num_key_value_heads")
+    kv_heads = number(*_KV_HEADS)
     if kv_heads is None and text.get("multi_query") is True:
         kv_heads = 1
     counted = count_parameters(folder)
     origin = "safetensors"
-    layers, vocab = number("num_hidden_layers", "n_layer"), number("vocab_size")
+    layers, vocab = number(*_LAYERS), number("vocab_size")
     kv = kv_heads or heads
     if counted is None:
         counted, origin = _from_config(text, config, hidden, layers, vocab, heads, kv, head_dim), "config"
@@ -75,12 +75,53 @@ def read_facts(folder: Path) -> ModelFacts:
     )
 
 
+def config_mistakes(config: dict[str, Any]) -> list[str]:
+    """What of a `config.json` cannot be a model: no type, sizes that are no counts, heads that do not divide.
+
+    Sizes may be missing where the config nests them (multimodal models write differences from a default
+    there) and where the family is not in the catalog.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        return ["has no model_type; it must be the config.json of a Transformers model"]
+    known, nested = family_of(model_type) is not None, config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    mistakes = [
+        f"{name} is {json.dumps(text[name])}; must be a positive integer"
+        for name in (*_HEADS, *_HIDDEN, *_LAYERS, *_KV_HEADS, "head_dim", "vocab_size")
+        if text.get(name) is not None
+        and not _is_count(text[name])
+        and (known or not isinstance(text[name], list))  # some families have one number per layer
+    ]
+    if mistakes:
+        return mistakes
+    if known and text is config:
+        wanted = (("attention heads", _HEADS), ("hidden size", _HIDDEN), ("layers", _LAYERS))
+        for what, names in wanted:
+            if _first(text, names) is None:
+                mistakes.append(f"names no {what} ({' or '.join(names)}), which every {model_type} model has")
+    heads, hidden, kv_heads = _first(text, _HEADS), _first(text, _HIDDEN), _first(text, _KV_HEADS)
+    if heads and kv_heads and heads % kv_heads:
+        mistakes.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if heads and hidden and hidden % heads and text.get("head_dim") is None and known:
+        mistakes.append(f"hidden size {hidden} is not a multiple of the {heads} attention heads")
+    return mistakes
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _first(text: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((text[name] for name in names if _is_count(text.get(name))), None)
+
+
 def count_parameters(folder: Path) -> int | None:
     """Elements of all tensors by the headers of `*.safetensors`; None when there are no such files."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map", {})
         files = [folder / name for name in sorted(set(weight_map.values()))]
         if not all(file.is_file() for file in files):
             return None
@@ -144,7 +185,8 @@ def _from_config(
     return layers * (attention + mlp) + vocab * hidden * (1 if tied else 2)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelFilesError that names the file."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

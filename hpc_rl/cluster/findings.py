@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hpc_rl.recipe.load import LoadedRecipe
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -18,6 +20,11 @@ class Finding:
     def __str__(self) -> str:
         text = ": ".join(part for part in (self.where, self.message) if part)
         return f"{text}; {self.fix}" if self.fix else text
+
+
+def place(loaded: LoadedRecipe, *path: str | int) -> str:
+    """`file:line: a.b` of a key, for `Finding.where`."""
+    return f"{loaded.where(*path)}: {'.'.join(str(part) for part in path)}"
 
 
 class PreflightError(ValueError):

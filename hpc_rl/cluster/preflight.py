@@ -15,25 +15,17 @@ from pathlib import Path
 
 from hpc_rl.bus.errors import RedisMissing
 from hpc_rl.bus.server import find_binary
-from hpc_rl.catalog.facts import ModelFilesError, safetensors_header
-from hpc_rl.catalog.local_models import find_snapshot, is_local
-from hpc_rl.cluster.findings import Finding
+from hpc_rl.cluster.findings import Finding, place
+from hpc_rl.cluster.model_check import check_model
 from hpc_rl.cluster.partitions import check_partitions
 from hpc_rl.plan.schema import Plan
 from hpc_rl.plan.site import Site
+from hpc_rl.recipe.extensions import registry
 from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.references import MissingAttribute, MissingModule, check_reference
 from hpc_rl.recipe.schema import Recipe
 
 _LOW_SPACE_GB = 2.0
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.pt")
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
 
 
 def machine_findings(
@@ -47,10 +39,11 @@ def machine_findings(
 ) -> list[Finding]:
     """Every rung of this module, in order. `recipe` is the resolved one (`resolve_recipe`)."""
     findings = [Finding("warning", "plan", warning) for warning in plan.warnings]
-    findings += check_output_root(recipe.output_root, _key(loaded, "output_root"))
+    findings += check_output_root(recipe.output_root, place(loaded, "output_root"))
     findings += check_model(loaded, site)
     findings += check_secrets(loaded, os.environ if environ is None else environ)
     findings += check_packages(loaded, site, plan)
+    findings += check_extensions(loaded, site, plan)
     findings += check_redis(loaded)  # every kind has a controller, and so a bus
     findings += check_files(loaded, site, plan)
     if plan.placement in ("het", "shared"):
@@ -59,10 +52,6 @@ def machine_findings(
         if not any(finding.level == "error" for finding in programs):
             findings += check_partitions(plan)
     return findings
-
-
-def _key(loaded: LoadedRecipe, *path: str | int) -> str:
-    return f"{loaded.where(*path)}: {'.'.join(str(part) for part in path)}"
 
 
 def check_output_root(output_root: str, where: str = "output_root") -> list[Finding]:
@@ -94,100 +83,12 @@ def check_output_root(output_root: str, where: str = "output_root") -> list[Find
     return [Finding("ok", where, f"{folder} is writable")]
 
 
-def check_model(loaded: LoadedRecipe, site: Site) -> list[Finding]:
-    """Config, weights and tokenizer are on this machine, whole, at the recipe's revision."""
-    model = loaded.recipe.model
-    findings = _repository(loaded, model.path, model.revision, site, "path")
-    if any(finding.level == "error" for finding in findings):
-        return findings
-    folder = _folder(model.path, model.revision, site)
-    assert folder is not None
-    where = _key(loaded, "model", "path")
-    if not (folder / "config.json").is_file():
-        return [Finding("error", where, f"{folder} has no config.json", "it must be a Transformers model")]
-    findings += _weights(folder, where)
-    tokenizer = folder
-    if model.tokenizer is not None:
-        found = _repository(loaded, model.tokenizer, None, site, "tokenizer")
-        findings += found
-        other = _folder(model.tokenizer, None, site)
-        if other is None or any(finding.level == "error" for finding in found):
-            return findings
-        tokenizer, where = other, _key(loaded, "model", "tokenizer")
-    if not any((tokenizer / name).is_file() for name in _TOKENIZER):
-        fix = "set model.tokenizer to a folder or Hub name that has one"
-        findings.append(Finding("error", where, f"{tokenizer} has no tokenizer files", fix))
-    return findings
-
-
-def _folder(path: str, revision: str | None, site: Site) -> Path | None:
-    if is_local(path):
-        return Path(path).expanduser()
-    return find_snapshot(path, revision, site.paths.hf_home)
-
-
-def _repository(loaded: LoadedRecipe, path: str, revision: str | None, site: Site, key: str) -> list[Finding]:
-    where = _key(loaded, "model", key)
-    folder = _folder(path, revision, site)
-    if is_local(path):
-        if folder is not None and folder.is_dir():
-            return [Finding("ok", where, str(folder))]
-        what = "is a file, not a model folder" if folder is not None and folder.exists() else "does not exist"
-        return [Finding("error", where, f"{path} {what}")]
-    if folder is None:
-        at = f" at revision {revision}" if revision else ""
-        message = f"{path}{at} is neither a folder nor in the Hub cache, and jobs run offline"
-        fix = f"run 'hpc-rl fetch {loaded.path}' where there is internet"
-        return [Finding("error", where, message, fix)]
-    return [Finding("ok", where, f"{path} is cached ({folder.name[:12]})")]
-
-
-def _weights(folder: Path, where: str) -> list[Finding]:
-    """Weight files are there, and every safetensors file is as long as its header says."""
-    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
-    if not files:
-        return [Finding("error", where, f"{folder} has no weights (*.safetensors)")]
-    try:
-        missing = _missing_shards(folder)
-        for file in files:
-            if file.suffix == ".safetensors":
-                header = safetensors_header(file)
-                ends = [item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"]
-                with file.open("rb") as handle:
-                    prefix = 8 + int.from_bytes(handle.read(8), "little")
-                if file.stat().st_size < prefix + max(ends, default=0):
-                    return [Finding("error", where, f"{file} is cut short", "copy or fetch it again")]
-    except (ModelFilesError, KeyError, TypeError) as error:
-        return [Finding("error", where, str(error), "copy or fetch it again")]
-    if missing:
-        message = (
-            f"{folder} lacks {missing[0]} and {len(missing) - 1} more"
-            if missing[1:]
-            else f"{folder} lacks {missing[0]}"
-        )
-        return [Finding("error", where, message, "copy or fetch it again")]
-    return []
-
-
-def _missing_shards(folder: Path) -> list[str]:
-    import json
-
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelFilesError(f"{index} is not an index of weights: {error}") from error
-    return sorted(name for name in names if not (folder / name).is_file())
-
-
 def check_secrets(loaded: LoadedRecipe, environ: Mapping[str, str]) -> list[Finding]:
     """Every named secret is set where the user submits."""
     return [
         Finding(
             "error",
-            _key(loaded, "cluster", "secrets", index),
+            place(loaded, "cluster", "secrets", index),
             f"{name} is not set in your environment",
             f"export {name}=... before submitting, or remove it from the list",
         )
@@ -201,7 +102,7 @@ def check_redis(loaded: LoadedRecipe) -> list[Finding]:
     try:
         return [Finding("ok", "redis-server", find_binary(loaded.recipe.cluster.controller.redis_server))]
     except RedisMissing as error:
-        return [Finding("error", _key(loaded, "cluster", "controller", "redis_server"), str(error))]
+        return [Finding("error", place(loaded, "cluster", "controller", "redis_server"), str(error))]
 
 
 def check_programs(which: Callable[[str], str | None] = shutil.which) -> list[Finding]:
@@ -229,7 +130,7 @@ def check_packages(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Finding
             continue
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
-            where = _key(loaded, "rollout", "engine") if role == "rollout" else "policy"
+            where = place(loaded, "rollout", "engine") if role == "rollout" else "policy"
             fix = (
                 "pip install 'hpc-rl[vllm]', or rollout.engine=hf"
                 if "vllm" in missing
@@ -239,12 +140,46 @@ def check_packages(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Finding
     return findings
 
 
+def check_extensions(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Finding]:
+    """The implementation of every plugin extension that the recipe uses is where it says it is.
+
+    Its config was imported when the recipe was loaded; the implementation itself may need torch, and is
+    looked for in the files. A module that is not here is only said where the role uses this environment.
+    """
+    recipe, findings = loaded.recipe, []
+    used: list[tuple[str, str, str, tuple[str | int, ...]]] = [
+        ("trainers", recipe.policy.trainer, "policy", ("policy", "trainer"))
+    ]
+    if recipe.algorithm:
+        used.append(("algorithms", recipe.algorithm["name"], "policy", ("algorithm", "name")))
+    if recipe.rollout is not None:
+        used.append(("engines", recipe.rollout.engine, "rollout", ("rollout", "engine")))
+        if (transport := recipe.rollout.weights.transport) != "auto":
+            used.append(("transports", transport, "policy", ("rollout", "weights", "transport")))
+        for index, reward in enumerate(recipe.reward):
+            used.append(("rewards", reward["name"], "rollout", ("reward", index, "name")))
+    for kind, name, role, path in used:
+        elsewhere = site.python is not None or plan.group(role).image is not None
+        try:
+            check_reference(registry(kind).member(name).implementation)
+        except MissingModule as error:
+            if not elsewhere:
+                findings.append(
+                    Finding("error", place(loaded, *path), str(error), "install it, or list it under plugins")
+                )
+        except MissingAttribute as error:
+            findings.append(
+                Finding("error", place(loaded, *path), str(error), "correct the plugin's register(...)")
+            )
+    return findings
+
+
 def check_files(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Finding]:
     """Files that recipe or site name: the template, the interpreter, container images."""
     findings = []
     template = loaded.recipe.cluster.template or site.template
     if template is not None and not Path(template).is_file():
-        findings.append(Finding("error", _key(loaded, "cluster", "template"), f"{template} does not exist"))
+        findings.append(Finding("error", place(loaded, "cluster", "template"), f"{template} does not exist"))
     if site.python is not None and shutil.which(site.python) is None:
         message = f"site {site.name}: python {site.python} is not executable on this machine"
         findings.append(Finding("warning", "python", message, "it must be on the compute nodes"))

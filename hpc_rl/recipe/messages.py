@@ -88,9 +88,13 @@ def show(value: Any, limit: int = 80) -> str:
 
 
 def nearest(name: str, allowed: list[str]) -> str | None:
-    """The allowed name that looks most like `name`, or None."""
-    close = difflib.get_close_matches(name.lower(), allowed, n=1, cutoff=0.6)
-    return close[0] if close else None
+    """The allowed name that looks most like `name` (or, failing that, begins with it), or None."""
+    by_lower = {word.lower(): word for word in reversed(allowed)}
+    wanted = name.lower()
+    close = difflib.get_close_matches(wanted, list(by_lower), n=1, cutoff=0.6)
+    if not close and len(wanted) >= 3:  # an abbreviation: flash for flash_attention_2
+        close = [word.lower() for word in allowed if word.lower().startswith(wanted)]
+    return by_lower[close[0]] if close else None
 
 
 def unknown_key(name: str, allowed: list[str], full_key: str, value: str, renames: bool) -> str:

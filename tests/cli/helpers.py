@@ -106,7 +106,7 @@ def make_model(folder: Path, *, heads: int = 4) -> Path:
         "max_position_embeddings": 128,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     header = json.dumps(
         {"model.embed_tokens.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     ).encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -17,14 +18,16 @@ from hpc_rl.cluster.sites import load_site
 from hpc_rl.plan import Site, make_plan, resolve_recipe
 from hpc_rl.recipe import load_recipe
 
+CONFIG = {"model_type": "qwen2", "num_attention_heads": 4, "hidden_size": 64, "num_hidden_layers": 2}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model folder, two rows and a redis-server, all right."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_attention_heads": 2}))
-    (model / "tokenizer.json").write_text("{}")
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    (model / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     rows = [{"question": "1+1?", "answer": "#### 2"}, {"question": "2+2?", "answer": "#### 4"}]
@@ -108,6 +111,88 @@ def test_incomplete_models(folder: Path) -> None:
     (folder / "model" / "model.safetensors.index.json").unlink()
     (folder / "model" / "tokenizer.json").unlink()
     assert "has no tokenizer files" in errors(run(folder))[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "config.json: has no model_type"),
+        ({**CONFIG, "num_attention_heads": None}, "names no attention heads (num_attention_heads or n_head)"),
+        ({**CONFIG, "num_attention_heads": -4}, "num_attention_heads is -4; must be a positive integer"),
+        ({**CONFIG, "num_hidden_layers": "two"}, 'num_hidden_layers is "two"; must be a positive integer'),
+        ({**CONFIG, "num_key_value_heads": 3}, "heads 4 is not a multiple of num_key_value_heads 3"),
+        ({**CONFIG, "num_attention_heads": 5}, "hidden size 64 is not a multiple of the 5 attention heads"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_no_model(folder: Path, config: dict[str, object], message: str) -> None:
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    (found,) = errors(run(folder))
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2},
+        {"model_type": "someones", "num_attention_heads": [4, 8], "hidden_size": 64},
+        {
+            "model_type": "qwen3_vl",
+            "text_config": {"vocab_size": 9},
+        },  # sizes may be differences from a default
+        {**CONFIG, "num_attention_heads": 5, "head_dim": 16},
+    ],
+)
+def test_a_config_that_may_be_a_model(folder: Path, config: dict[str, object]) -> None:
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    assert errors(run(folder)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", '{"model": ', "tokenizer.json cannot be read: Expecting value"),
+        ("tokenizer.json", "{}", "tokenizer.json has no 'model': it is no tokenizer"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
+        ("generation_config.json", "{,}", "generation_config.json cannot be read"),
+    ],
+)
+def test_a_damaged_tokenizer(folder: Path, name: str, text: str, message: str) -> None:
+    (folder / "model" / name).write_text(text)
+    (found,) = errors(run(folder))
+    assert message in found
+    assert found.endswith("copy or fetch it again")
+
+
+PLUGIN = """\
+from hpc_rl.recipe.extensions import register
+register("rewards", "{name}", implementation="{reference}")
+if True:
+    class Mine: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("{module}:Mine", None),
+        ("{module}:Mone", "has no 'Mone' (did you mean 'Mine'?)"),
+        ("no_such_module.deep:Reward", "there is no module 'no_such_module.deep'"),
+        ("json.nothing:Reward", "there is no module 'json.nothing'"),
+        ("email.mime.text:MIMEText", None),  # not imported, read
+        ("email.mime.text:MIMETex", "has no 'MIMETex'"),
+        ("torch.optim.adamw:AdamW", None),  # imports nothing of torch
+    ],
+)  # fmt: skip
+def test_the_implementation_of_a_plugin(folder: Path, reference: str, message: str | None) -> None:
+    module = "plugin_" + re.sub(r"\W", "_", reference)
+    reference = reference.format(module=module)
+    (folder / f"{module}.py").write_text(PLUGIN.format(name=module, reference=reference))
+    found = errors(run(folder, f"plugins=[{folder}/{module}.py]", f"reward=[{{name: {module}}}]"))
+    if message is None:
+        assert found == []
+    else:
+        assert "reward.0.name: " in found[0]
+        assert message.format(module=module) in found[0]
 
 
 def test_output_root_that_cannot_be_written(tmp_path: Path) -> None:
