@@ -49,7 +49,7 @@ def write_recipe(folder: Path, steps: int, staleness: int) -> Path:
         "policy": {"trainer": "paced", "batch_size": PROMPTS_PER_STEP * GROUP_SIZE, "steps": steps},
         "rollout": {
             "engine": "paced",
-            "max_tokens": 64,
+            "max_tokens": 48,
             "max_in_flight": 64,
             "weights": {"transport": "paced"},
         },

@@ -26,7 +26,7 @@ from hpc_rl.types import Sampling, VersionSpan
 from hpc_rl.weights.protocol import PushResult
 
 FLOOR_S = 0.020
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 48
 
 
 class PacedTrainerOptions(Section):

@@ -93,6 +93,20 @@ def train_steps(step: int, samples: list[TrainSample], options: BatchOptions) ->
     return commands
 
 
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step that is packed before the policy can take it."""
+
+    step: int
+    commands: list[TrainStep]
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, step: int, groups: list[PromptGroup], options: BatchOptions) -> PreparedStep:
+        samples = make_samples(groups, options.normalize_std)
+        return cls(step, train_steps(step, samples, options), rollout_metrics(groups, step - 1))
+
+
 def rollout_metrics(groups: list[PromptGroup], version: int) -> dict[str, float]:
     """What the batch says of the rollouts: rewards, lengths, staleness against `version`."""
     trajectories = [t for group in groups for t in group.trajectories]

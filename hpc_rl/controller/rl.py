@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpc_rl.bus import messages as m
 from hpc_rl.controller.base import Controller
-from hpc_rl.controller.batch import BatchOptions, make_samples, rollout_metrics, train_steps
+from hpc_rl.controller.batch import BatchOptions, PreparedStep
 from hpc_rl.controller.evaluation import Evaluator
 from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
@@ -50,6 +50,7 @@ class RlController(Controller):
         )
         self.awaiting: int | None = None  # this version is to be evaluated next
         self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
+        self.prepared: PreparedStep | None = None
         self.last_group = time.monotonic()
         self.idle_since: float | None = None
         self.stepped = time.monotonic()
@@ -164,8 +165,9 @@ class RlController(Controller):
         self._accept_first_weights()
         self._begin_evaluation()
         self._push_if_useful()
+        self._train_if_ready()  # before the prompts: the policy waits for it
         self._hand_out()
-        self._train_if_ready()
+        self._prepare()
         self._check_generation()
 
     def _accept_first_weights(self) -> None:
@@ -238,25 +240,31 @@ class RlController(Controller):
         )
         return m.Generate(self.source.prompt(ordinal), self.algorithm.group_size, sampling)
 
-    def _train_if_ready(self) -> None:
+    def _prepare(self) -> None:
+        """Pack the next step as soon as its prompts are there, while the policy is still busy."""
         step = self.commanded + 1
+        if self.prepared is None and step <= self.total_steps and self.window.ready(step):
+            self.prepared = PreparedStep.of(step, self.window.groups(step), self.packing)
+
+    def _train_if_ready(self) -> None:
         idle = self.step == self.commanded
         if idle and self.idle_since is None:
             self.idle_since = time.monotonic()
-        if not idle or step > self.total_steps or self.ending or not self.window.ready(step):
+        if not idle or self.ending or self._must_push_first():
             return
-        if self._must_push_first():
+        self._prepare()
+        if self.prepared is None:
             return
-        groups, drops = self.window.take(step)
-        samples = make_samples(groups, self.packing.normalize_std)
-        for rank, command in enumerate(train_steps(step, samples, self.packing)):
+        ready, self.prepared = self.prepared, None
+        for rank, command in enumerate(ready.commands):
             self.role.bus.send(m.inbox("policy", rank), command)
+        groups, drops = self.window.take(ready.step)
         waited = time.monotonic() - self.idle_since if self.idle_since else 0.0
-        metrics = {**rollout_metrics(groups, step - 1), "time/policy_wait_s": waited}
+        metrics = {**ready.metrics, "time/policy_wait_s": waited}
         metrics["rollout/dropped"] = float(len(drops))
         metrics["rollout/in_flight"] = float(len(self.window.in_flight))
-        self.batch[step] = (groups, drops, metrics)
-        self.commanded, self.idle_since, self.last_progress = step, None, time.monotonic()
+        self.batch[ready.step] = (groups, drops, metrics)
+        self.commanded, self.idle_since, self.last_progress = ready.step, None, time.monotonic()
 
     def _must_push_first(self) -> bool:
         """Someone waits for just these weights: an evaluation, or a replica that has none yet."""

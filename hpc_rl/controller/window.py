@@ -101,6 +101,10 @@ class PromptWindow:
         """Ordinals that `step` still waits for."""
         return [o for o in self.ordinals(step) if o not in self.done and o not in self.dropped]
 
+    def groups(self, step: int) -> list[PromptGroup]:
+        """What is done of `step`, in order."""
+        return [self.done[o] for o in self.ordinals(step) if o in self.done]
+
     def take(self, step: int) -> tuple[list[PromptGroup], dict[int, str]]:
         """Remove and return the groups of `step` in order, and its drops with their reasons."""
         assert self.ready(step), f"step {step} waits for prompts {self.missing(step)}"

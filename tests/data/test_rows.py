@@ -104,7 +104,12 @@ def test_bad_rows_name_file_row_and_columns(files: Path, tmp_path: Path) -> None
         bad[1]
 
 
-def test_missing_files_splits_and_data_sets_are_named(files: Path, tmp_path: Path) -> None:
+def test_missing_files_splits_and_data_sets_are_named(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a job (HF_HUB_OFFLINE=1); without it the libraries try the network for half a minute.
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
         load_rows(DatasetSpec(path="nothing.jsonl"), files)
     with pytest.raises(DataError, match=r"no file for split 'test'.*train-00000"):

@@ -53,6 +53,7 @@ class Harness:
     engine: Engine
     bus_file: Path
     folders: dict[int, Path]  # version -> checkpoint with its weights
+    attempt: int  # one of its own: transfer groups meet under it in the Redis that all engines share
     models: dict[int, Any] = field(default_factory=dict)
     sender: Any = None
 
@@ -78,7 +79,7 @@ class Harness:
         """Send in a thread, as the policy process would."""
         if self.sender is None:
             self.sender = GlooTransport.sender(
-                self.bus_file, attempt=1, workers=1, bucket_bytes=1 << 20, timeout_s=timeout_s
+                self.bus_file, attempt=self.attempt, workers=1, bucket_bytes=1 << 20, timeout_s=timeout_s
             )
         results: list[PushResult] = []
         thread = threading.Thread(target=lambda: results.append(self.sender.push(version, source, [0], [0])))
@@ -105,17 +106,18 @@ def harness(
     root = tmp_path_factory.mktemp(request.param)
     # tied embeddings: vLLM's CPU head keeps a repacked copy that an update must refresh
     folders = {version: save_checkpoint(root / str(version), seed=version) for version in range(4)}
+    attempt = ["hf", "vllm"].index(request.param)
     settings = EngineSettings(
         model=str(folders[0]),
         options=registry("engines").config_class(request.param)(),
         dtype="float32",
         max_model_len=400,
-        transfer=TransferSettings(bus_file, 1, 0, 0),
+        transfer=TransferSettings(bus_file, attempt, 0, 0),
     )
     with asyncio.Runner() as runner:
         engine = make_engine(request.param, settings)
         runner.run(engine.start())
-        yield Harness(request.param, runner, engine, bus_file, folders)
+        yield Harness(request.param, runner, engine, bus_file, folders, attempt)
         runner.run(engine.close())
 
 

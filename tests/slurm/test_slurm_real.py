@@ -215,7 +215,6 @@ def _usr2_requeues(job: Job) -> None:
     until(lambda: job.events("signal"), 10)
     assert job.events("signal")[0]["name"] == "SIGUSR2"
     until(lambda: job.state() == "REQUEUED", 30, job.state)
-    watcher.wait_and_start_now(job.id, 30)
     until(lambda: len(job.events("started")) == 2, 60, job.state)
     assert [event["restart"] for event in job.events("started")] == [0, 1]
 
@@ -333,7 +332,6 @@ def test_a_job_that_must_not_be_requeued_says_so(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", SFT, {"requeue": False})
     try:
         until(lambda: job.events("started"), 30, job.state)
-        assert not watcher.start_now(job.id)
         with pytest.raises(SlurmError, match="disabled"):
             watcher.requeue(job.id)
     finally:

@@ -1,4 +1,7 @@
-"""What squeue, scontrol and sacct print, as recorded from Slurm 20.11 to 25.05, and what we make of it."""
+"""What squeue, scontrol and sacct print, and what we make of it.
+
+Recorded from Slurm 22.05; the variants of 20.11 to 25.05 are written after their documentation and source.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ MinJobAge (300 s by default), sacct keeps them for good where accounting is on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from hpc_rl.cluster.slurm.commands import SlurmError, check_slurm, run_slurm
@@ -74,34 +73,6 @@ def requeue(job_id: str | int) -> None:
     Raises SlurmError if the job is not requeueable.
     """
     check_slurm(["scontrol", "requeue", str(job_id)])
-
-
-def start_now(job_id: str | int) -> bool:
-    """Lift the wait of about two minutes that Slurm puts on a requeued job; False if it is not waiting.
-
-    It has to come from outside the job: it takes effect once every component is pending again, and
-    then the job's own processes are gone.
-    """
-    job = job_state(job_id)
-    if job is None or any(c.slurm_state != "PENDING" for c in job.components):
-        return False
-    if all(c.reason != "BeginTime" for c in job.components):
-        return False
-    check_slurm(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
-    return True
-
-
-def wait_and_start_now(job_id: str | int, deadline_s: float) -> bool:
-    """`start_now` as soon as it can take effect after a requeue; False if it runs or time is up."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        if start_now(job_id):
-            return True
-        job = job_state(job_id)
-        if job is None or job.final or all(c.slurm_state == "RUNNING" for c in job.components):
-            return False
-        time.sleep(1.0)
-    return False
 
 
 def time_left(job_id: str | int) -> int | None:
