@@ -50,7 +50,18 @@ def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, *, sf
             check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED)
     except DataError as error:
         return [Finding("error", where, str(error))]
-    return [Finding("ok", where, f"{len(rows)} rows of {rows.name}")]
+    found = [Finding("ok", where, f"{len(rows)} rows of {rows.name}")]
+    if which == "train" and len(rows) < (wanted := rows_per_step(loaded.recipe)):
+        message = f"{len(rows)} rows, and one step takes {wanted}: a step has the same rows more than once"
+        fix = "raise data.train.limit" if spec.limit is not None else "give more rows"
+        found.append(Finding("warning", where, message, f"{fix}, or lower policy.batch_size"))
+    return found
+
+
+def rows_per_step(recipe: Recipe) -> int:
+    """Rows of the training data in one optimizer step: each makes a sequence, or (rl) a prompt group."""
+    per_row = recipe.algorithm.get("group_size", 1) if recipe.kind == "rl" else 1
+    return max(1, recipe.policy.batch_size // per_row)
 
 
 @contextmanager

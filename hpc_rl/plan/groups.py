@@ -71,14 +71,22 @@ class Sizer:
     def _bad(self, message: str, *path: str | int) -> None:
         self.problems.append(self.loaded.problem(message, *path))
 
-    def _gpu_capacity(self, options: GroupOptions) -> int:
-        """GPUs of a node that this role may use."""
-        return self.site_gpus if options.gpus_per_node is None else options.gpus_per_node
+    def _gpu_capacity(self, role: str, options: GroupOptions) -> int:
+        """GPUs of a node that this role may use. A machine without any has none, whatever the recipe says."""
+        if options.gpus_per_node is None:
+            return self.site_gpus
+        if self.placement == "local" and not self.site_gpus and options.gpus_per_node:
+            self.warnings.append(
+                f"{self.loaded.where('cluster', role, 'gpus_per_node')}: cluster.{role}.gpus_per_node "
+                f"{options.gpus_per_node} is ignored: this machine has no GPU, {role} runs on the CPU"
+            )
+            return 0
+        return options.gpus_per_node
 
     def _policy(self) -> Group:
         options, parallel = self.recipe.cluster.policy, self.recipe.policy.parallel
         tasks = parallel.dp_replicate * parallel.dp_shard * parallel.tp * parallel.pp * parallel.cp
-        nodes, capacity = self._nodes(options), self._gpu_capacity(options)
+        nodes, capacity = self._nodes(options), self._gpu_capacity("policy", options)
         shape = (
             f"dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard} x tp {parallel.tp} "
             f"x pp {parallel.pp} x cp {parallel.cp} = {tasks} ranks"
@@ -109,7 +117,7 @@ class Sizer:
         rollout, options = self.recipe.rollout, self.recipe.cluster.rollout
         assert rollout is not None
         width = rollout.parallel.tp * rollout.parallel.pp
-        nodes, capacity = self._nodes(options), self._gpu_capacity(options)
+        nodes, capacity = self._nodes(options), self._gpu_capacity("rollout", options)
         per_node = -(-rollout.replicas // nodes)
         shape = f"tp {rollout.parallel.tp} x pp {rollout.parallel.pp} = {width} GPUs per replica"
         if rollout.replicas < nodes:
@@ -162,7 +170,7 @@ class Sizer:
             tasks_per_node=tasks_per_node,
             cpus_per_task=options.cpus_per_task or 0,  # 0: filled in when all groups are known
             gpus_per_task=gpus_per_task,
-            gpus_per_node=options.gpus_per_node if options.gpus_per_node is not None else gpus,
+            gpus_per_node=(options.gpus_per_node or gpus) if gpus else 0,
             mem=options.mem or self._mem(gpus),
             partition=options.partition or site.partitions.get(role),
             account=options.account or site.account,

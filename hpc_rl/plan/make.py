@@ -9,6 +9,7 @@ from hpc_rl.catalog.facts import ModelFacts, ModelFilesError, read_facts
 from hpc_rl.catalog.families import policy_tp_error, rollout_tp_error
 from hpc_rl.catalog.local_models import find_model
 from hpc_rl.catalog.trainers import unsupported_dimensions
+from hpc_rl.plan.advice import advice
 from hpc_rl.plan.groups import Placement, Sizer
 from hpc_rl.plan.memory import estimate, memory_warnings
 from hpc_rl.plan.schema import Mesh, Plan
@@ -43,10 +44,10 @@ def make_plan(loaded: LoadedRecipe, site: Site) -> Plan:
     if recipe.model.lora is not None and recipe.policy.trainer == "fsdp2":
         problems.append(loaded.problem("trainer fsdp2 trains all weights; set it to null", "model", "lora"))
     facts = _facts(loaded, site, problems)
-    warnings = sizer.warnings
+    warnings = [*sizer.warnings, *advice(loaded, placement)]
     memory = None
     if facts is not None:
-        problems += _head_problems(loaded, facts)
+        problems += _head_problems(loaded, facts) + _length_problems(loaded, facts)
         warnings += _family_warnings(recipe, facts)
         if facts.parameters is not None:
             gpu_gb = site.gpus.memory_gb if any(group.gpus_per_task for group in groups) else None
@@ -132,12 +133,31 @@ def _head_problems(loaded: LoadedRecipe, facts: ModelFacts) -> list[Problem]:
     if facts.layers is not None and recipe.policy.parallel.pp > facts.layers:
         text = f"exceeds the model's {facts.layers} layers"
         problems.append(loaded.problem(text, "policy", "parallel", "pp"))
-    if recipe.rollout is not None and facts.max_position is not None:
-        length = recipe.rollout.max_model_len
-        if length is not None and length > facts.max_position:
-            text = f"is {length}; the model's positions end at {facts.max_position}"
-            problems.append(loaded.problem(text, "rollout", "max_model_len"))
     return problems
+
+
+def _length_problems(loaded: LoadedRecipe, facts: ModelFacts) -> list[Problem]:
+    """Lengths that the model has no positions for. A completion needs one position more, for its prompt."""
+    recipe, end = loaded.recipe, facts.max_position
+    if end is None:
+        return []
+    lengths: list[tuple[tuple[str, ...], int | None, int]] = [
+        (("policy", "max_length"), recipe.policy.max_length, end)
+    ]
+    if recipe.rollout is not None:
+        lengths += [
+            (("rollout", "max_model_len"), recipe.rollout.max_model_len, end),
+            (("rollout", "max_tokens"), recipe.rollout.max_tokens, end - 1),
+            (("eval", "max_tokens"), recipe.eval.max_tokens, end - 1),
+        ]
+    return [
+        loaded.problem(
+            f"is {length}; the model's positions end at {end}" + (", prompt included" if most < end else ""),
+            *path,
+        )
+        for path, length, most in lengths
+        if length is not None and length > most
+    ]
 
 
 def _family_warnings(recipe: Recipe, facts: ModelFacts) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpc_rl.recipe.schema import NonNegative, Positive, Section
+from hpc_rl.recipe.schema import MemorySize, NonNegative, Positive, Section
 
 RoleName = Literal["controller", "policy", "rollout", "reward", "teacher", "simulator"]
 PerRole = dict[RoleName, str]
@@ -37,7 +37,7 @@ class Cpus(Section):
 
 
 class Memory(Section):
-    per_node: str | None = None  # as sbatch --mem takes it: 500G, or 0 for all
+    per_node: MemorySize | None = None  # as sbatch --mem takes it: 500G, or 0 for all
 
 
 class Container(Section):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterator
 
-from hpc_rl.recipe.messages import is_secret
+from hpc_rl.catalog.limits import ATTENTION, MAX_TEMPERATURE
+from hpc_rl.recipe.messages import is_secret, nearest
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.recipe.yaml_source import KeyPath, Problem, Source, dotted
 
 SECRET_NAME = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_TIME = re.compile(r"(?:(?P<d>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+))?(?::(?P<ds>\d+))?|(?P<t>\d+(?::\d+){0,2}))\Z")
+_N = r"\d{1,9}"
+_TIME = re.compile(
+    rf"(?:(?P<d>{_N})-(?P<dh>{_N})(?::(?P<dm>{_N}))?(?::(?P<ds>{_N}))?|(?P<t>{_N}(?::{_N}){{0,2}}))\Z"
+)
+_YEAR = 365 * 24 * 60  # minutes; Slurm takes a longer limit for no limit
 # sbatch options that the plan writes itself, and the recipe key that sets them
 _OWNED = {
     "time": "cluster.time",
@@ -57,12 +63,18 @@ def parse_time(text: str) -> int:
         parts = [int(part) for part in match["t"].split(":")]
         # one number is minutes, two are minutes:seconds, three are hours:minutes:seconds
         hours, minutes, seconds = [(0, *parts, 0), (0, *parts), tuple(parts)][len(parts) - 1]
+        carried = [minutes] if len(parts) == 3 else []  # minutes come after hours
     else:
         hours = int(match["d"]) * 24 + int(match["dh"])
         minutes, seconds = int(match["dm"] or 0), int(match["ds"] or 0)
+        carried = [minutes]
+    if any(number > 59 for number in (*carried, seconds)):
+        raise ValueError("must have minutes and seconds below 60, as in 08:00:00")
     total = hours * 3600 + minutes * 60 + seconds
     if total < 60:
         raise ValueError("must be at least one minute")
+    if total > _YEAR * 60:
+        raise ValueError("must be at most 365 days, the longest time that Slurm counts")
     return -(-total // 60)
 
 
@@ -74,7 +86,7 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
         place = source.where(path)
         problems.append(Problem(str(place) if place else "", dotted(path), message))
 
-    for checker in (_kind, _length, _batch, _rollout, _cluster):
+    for checker in (_kind, _model, _data, _length, _batch, _rollout, _cluster):
         for path, message in checker(recipe):
             bad(message, *path)
     if "micro_batch_size" in recipe.policy.model_fields_set and recipe.policy.micro_batch_size is not None:
@@ -112,6 +124,29 @@ def _kind(recipe: Recipe) -> Found:
             yield (name,), f"kind {recipe.kind} has no {name}; remove it, or write {empty} if it is inherited"
     if recipe.kind == "sft" and recipe.algorithm.get("name") not in (None, "sft"):
         yield ("algorithm", "name"), f"is {recipe.algorithm['name']!r}; kind sft has algorithm sft (or none)"
+
+
+def _model(recipe: Recipe) -> Found:
+    name = recipe.model.attn_implementation
+    if name is not None and name not in ATTENTION and "/" not in name and not recipe.plugins:
+        guess = nearest(name, list(ATTENTION))
+        hint = f". Did you mean {guess!r}?" if guess else ""
+        yield ("model", "attn_implementation"), f"is {name!r}; allowed: {', '.join(ATTENTION)}{hint}"
+
+
+def _data(recipe: Recipe) -> Found:
+    for which, spec in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        if spec is None or spec.template is None:
+            continue
+        path: KeyPath = ("data", which, "template")
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(spec.template) if name is not None]
+        except ValueError as error:
+            yield path, f"is {spec.template!r}; {error} (a brace that is text is written twice: {{{{ or }}}})"
+            continue
+        if not any(name and not name.isdigit() for name in fields):
+            text = "names no column (as {question} would), so every row would make the same prompt"
+            yield path, f"is {spec.template!r}; it {text}"
 
 
 def _length(recipe: Recipe) -> Found:
@@ -155,6 +190,12 @@ def _rollout(recipe: Recipe) -> Found:
             ("rollout", "max_model_len"),
             f"is {rollout.max_model_len}; must hold prompt and answer, so be larger than "
             f"rollout.max_tokens {rollout.max_tokens}",
+        )
+    hottest, temperature = MAX_TEMPERATURE.get(rollout.engine), recipe.algorithm.get("temperature")
+    if hottest is not None and isinstance(temperature, int | float) and temperature > hottest:
+        yield (
+            ("algorithm", "temperature"),
+            f"is {temperature:g}; rollout.engine {rollout.engine} takes at most {hottest:g}",
         )
 
 

@@ -7,18 +7,34 @@ mappings here and validated against the extension's own pydantic `Config` by `re
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+_MAX_COUNT = 2**31 - 1  # Slurm, NCCL and vLLM count in 32 bits
+Positive = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
+NonNegative = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+Steps = Annotated[int, Field(ge=1, le=99_999_999)]  # names of checkpoints sort by their eight digits
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy, which vLLM seeds, takes
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _memory(text: str) -> str:
+    if re.fullmatch(r"[0-9]{1,12}([KMGT]B?)?", text, re.IGNORECASE) is None:
+        raise ValueError("must be a size as sbatch takes it, such as 500G (0: all of a node)")
+    return text
+
+
+MemorySize = Annotated[str, AfterValidator(_memory)]
 
 
 class Section(BaseModel):
     """A strict mapping: unknown keys are refused, values are not coerced between kinds."""
 
-    model_config = ConfigDict(extra="forbid", strict=False, validate_default=True, defer_build=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=False, validate_default=True, defer_build=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -72,11 +88,11 @@ class PolicyParallel(Section):
 
 class Optimizer(Section):
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
+    lr: float = Field(default=1e-6, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, ge=0)
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegative = 0
 
@@ -88,7 +104,7 @@ class Policy(Section):
     micro_batch_tokens: Positive | None = 16384
     micro_batch_size: Positive | None = None
     max_length: Positive | None = None
-    steps: Positive | None = None
+    steps: Steps | None = None
     epochs: Positive | None = None
     optimizer: Optimizer = Optimizer()
     activation_checkpointing: bool = False
@@ -149,7 +165,7 @@ class ControllerOptions(Section):
     redis_server: str | None = None
     partition: str | None = None
     cpus: Positive = 2
-    mem: str | None = None
+    mem: MemorySize | None = None
     sbatch: list[str] = []
 
 
@@ -162,7 +178,7 @@ class GroupOptions(Section):
     qos: str | None = None
     constraint: str | None = None
     cpus_per_task: Positive | None = None
-    mem: str | None = None
+    mem: MemorySize | None = None
     gpus_per_node: NonNegative | None = None
     image: str | None = None
     variables: dict[str, str] = {}
@@ -190,7 +206,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     kind: Literal["sft", "preference", "rl"]
     extends: str | None = None
-    seed: NonNegative = 0
+    seed: Seed = 0
     output_root: str = "runs"
     plugins: list[str] = []
     model: Model

@@ -113,6 +113,20 @@ def test_incomplete_models(folder: Path) -> None:
     assert "has no tokenizer files" in errors(run(folder))[0]
 
 
+def test_fewer_rows_than_a_step_takes(folder: Path) -> None:
+    def warnings(*overrides: str) -> list[str]:
+        found = run(folder, "algorithm.group_size=4", *overrides)
+        return [
+            str(finding) for finding in found if finding.level == "warning" and "data.train" in finding.where
+        ]
+
+    assert warnings("policy.batch_size=8") == []  # two rows, two prompts
+    (warning,) = warnings("policy.batch_size=12")
+    assert "data.train: 2 rows, and one step takes 3" in warning
+    (warning,) = warnings("policy.batch_size=8", "data.train.limit=1")
+    assert warning.endswith("raise data.train.limit, or lower policy.batch_size")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -227,3 +227,25 @@ def test_whatever_is_planned_fits(
     assert rollout.tasks <= rollout.nodes * rollout.tasks_per_node
     for group in made.groups:
         assert group.tasks_per_node * group.gpus_per_task == group.gpus_per_node <= gpus
+
+
+def test_gpus_that_this_machine_has_not_are_ignored_with_a_warning(plan: Make) -> None:
+    keys = {"placement": "local", "gpus": {"style": "none", "per_node": 0}}
+    made = plan("policy.parallel.dp_shard=1", "rollout.replicas=1", "cluster.policy.gpus_per_node=4", **keys)
+    assert [(g.gpus_per_task, g.gpus_per_node) for g in made.groups] == [(0, 0), (0, 0)]
+    (warning,) = [text for text in made.warnings if "gpus_per_node" in text]
+    assert warning.startswith("override 'cluster.policy.gpus_per_node=4': cluster.policy.gpus_per_node 4 is")
+
+
+def test_what_only_slurm_understands_is_a_warning_under_local(plan: Make) -> None:
+    said = [
+        "cluster.policy.sbatch=[--exclusive]", "cluster.rollout.mem=10G", "cluster.policy.nodes=1",
+        "cluster.controller.partition=cpu", "policy.parallel.dp_shard=1", "rollout.replicas=1",
+    ]  # fmt: skip
+    made = plan(*said, placement="local", gpus={"style": "none"})
+    (warning,) = [text for text in made.warnings if "ignores" in text]
+    assert warning.endswith(
+        "placement local starts no Slurm job and ignores cluster.controller.partition, "
+        "cluster.policy.sbatch, cluster.rollout.mem"
+    )
+    assert not any("ignores" in text for text in plan(*said).warnings)

@@ -65,6 +65,21 @@ def test_positions_end_somewhere(plan: Make, model_folder: Folder) -> None:
         RecipeError, match=r"rollout.max_model_len: is 4096; the model's positions end at 2048"
     ):
         plan(path, "rollout.max_model_len=4096")
+    for key in ("rollout.max_tokens", "eval.max_tokens"):
+        with pytest.raises(RecipeError, match=rf"{key}: is 2048; .* end at 2048, prompt included$"):
+            plan(path, f"{key}=2048")
+        plan(path, f"{key}=2047")
+    with pytest.raises(RecipeError, match=r"policy.max_length: is 2049; the model's positions end at 2048$"):
+        plan(path, "policy.max_length=2049")
+    plan(path, "policy.max_length=2048")
+
+
+def test_a_warmup_that_never_ends_is_a_warning(plan: Make) -> None:
+    (warning,) = plan("policy.steps=10", "policy.optimizer.warmup_steps=10").warnings
+    assert warning.startswith(
+        "override 'policy.optimizer.warmup_steps=10': policy.optimizer.warmup_steps 10 is not less than"
+    )
+    assert plan("policy.steps=11", "policy.optimizer.warmup_steps=10").warnings == []
 
 
 def test_memory_is_what_the_headers_say(plan: Make, model_folder: Folder) -> None:

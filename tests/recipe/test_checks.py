@@ -42,6 +42,40 @@ Wrong = Callable[..., str]
         ),
         (["policy.parallel={dp_shard: 4, ep: 3}"], "policy.parallel.ep: is 3; must divide dp_shard x cp = 4"),
         (["policy.micro_batch_tokens=null"], "policy.micro_batch_tokens: set micro_batch_tokens, or"),
+        (
+            ["policy.optimizer.betas=[0.9, 1]"],
+            "policy.optimizer.betas.1: is 1; must be less than 1.0",
+        ),
+        (["policy.optimizer.betas=[-0.1, 0.9]"], "policy.optimizer.betas.0: is -0.1; must be at least 0"),
+        (["policy.optimizer.clip_norm=0"], "policy.optimizer.clip_norm: is 0; must be greater than 0"),
+        (["algorithm.clip_high=.inf"], "algorithm.clip_high: is Infinity"),
+        (["seed=4294967296"], "seed: is 4294967296; must be at most 4294967295"),
+        (["policy.steps=100000000"], "policy.steps: is 100000000; must be at most 99999999"),
+        (["policy.batch_size=4294967296"], "policy.batch_size: is 4294967296; must be at most 2147483647"),
+        (
+            ["rollout.engine=vllm", "algorithm.temperature=2.5"],
+            "algorithm.temperature: is 2.5; rollout.engine vllm takes at most 2",
+        ),
+        (
+            ["model.attn_implementation=flash"],
+            "model.attn_implementation: is 'flash'; allowed: sdpa, eager, flash_attention_2, "
+            "flash_attention_3, flash_attention_4, flex_attention. Did you mean 'flash_attention_2'?",
+        ),
+        (["model.attn_implementation=SDPA"], "Did you mean 'sdpa'?"),
+        (
+            ["data.train.template=Say it"],
+            "data.train.template: is 'Say it'; it names no column (as {question} would), so every row",
+        ),
+        (["data.train.template='{} and {0}'"], "data.train.template: is '{} and {0}'; it names no column"),
+        (
+            ["data.eval={path: e.jsonl, template: 'Solve {q'}"],
+            "data.eval.template: is 'Solve {q'; expected '}' before end of string",
+        ),
+        (["cluster.time=99999999:00:00"], "cluster.time: is '99999999:00:00'; must be at most 365 days"),
+        (["cluster.time=08:61:00"], "cluster.time: is '08:61:00'; must have minutes and seconds below 60"),
+        (["cluster.time=" + "9" * 5000], "must be a Slurm time"),
+        (["cluster.policy.mem=lots"], 'cluster.policy.mem: is "lots"; must be a size as sbatch takes it'),
+        (["cluster.controller.mem=8 G"], 'cluster.controller.mem: is "8 G"; must be a size'),
         (["rollout.max_model_len=1024"], "rollout.max_model_len: is 1024; must hold prompt and answer"),
         (["cluster.time=soon"], "cluster.time: is 'soon'; must be a Slurm time"),
         (["cluster.time='0:30'"], "cluster.time: is '0:30'; must be at least one minute"),
@@ -78,6 +112,28 @@ def test_sbatch_options_that_are_free(write: Write) -> None:
     options = ["--exclusive", "--reservation=r1", "--switches 1@10:00"]
     recipe = load_recipe("small.yaml", [f"cluster.rollout.sbatch={options}"]).recipe
     assert recipe.cluster.rollout.sbatch == options
+
+
+@pytest.mark.parametrize("text", ["08:61:00", "08:00:60", "1:60", "1-02:60", "1-02:00:99"])
+def test_minutes_and_seconds_are_below_60(text: str) -> None:
+    with pytest.raises(ValueError, match="below 60"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.temperature=2.5"],  # engine hf takes any
+        ["rollout.engine=vllm", "algorithm.temperature=2"],
+        ["model.attn_implementation=kernels-community/flash-attn"],
+        ["model.attn_implementation=flash_attention_2"],
+        ["data.train.template='Q: {question[0]!r:>8} {{literal}}'"],
+        ["cluster.policy.mem=500g", "cluster.rollout.mem=0", "cluster.controller.mem=16GB"],
+        ["cluster.policy.mem=64000"],
+    ],
+)
+def test_what_is_at_the_edge_and_right(write: Write, overrides: list[str]) -> None:
+    load_recipe("small.yaml", overrides)
 
 
 SECRET = "hf_AbCdEf0123456789"
@@ -127,6 +183,7 @@ def test_names_of_secrets_are_taken(write: Write) -> None:
         ("1-0", 1440),
         ("1-12:30", 2190),
         ("2-01:02:03", 2943),
+        ("365-0", 525600),
     ],
 )
 def test_slurm_times(text: str, minutes: int) -> None:

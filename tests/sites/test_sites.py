@@ -88,6 +88,7 @@ def test_detection_by_the_name_of_the_cluster(config: Path, tmp_path: Path) -> N
         ("gpus: {style: grez}", "s.yaml:2: gpus.style: is \"grez\"; allowed: 'gres', 'gpus_per_node'"),
         ("gpus: {style: gres}", "s.yaml:2: gpus.per_node: is required when gpus.style is 'gres'"),
         ("gpus: {per_node: 4}", "s.yaml:2: gpus.style: is 'none' but gpus.per_node is 4; use gres"),
+        ("mem: {per_node: lots}", 's.yaml:2: mem.per_node: is "lots"; must be a size as sbatch takes it'),
         ("time_max: long", "s.yaml:2: time_max: is 'long'; must be a Slurm time"),
         ("detect: {hostname: '('}", "s.yaml:2: detect.hostname: is not a regular expression"),
         ("partitions: {trainer: x}", "s.yaml:2: partitions.trainer"),
