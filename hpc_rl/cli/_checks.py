@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from hpc_rl.cli._console import note
@@ -16,6 +17,14 @@ def findings_of(prepared: Prepared, *, here: bool = False) -> list[Finding]:
     if prepared.plan.placement in ("het", "shared") and not here and not errors(findings):
         findings = [_slurm_opinion(prepared), *findings]
     return findings
+
+
+def tell_errors(findings: list[Finding]) -> None:
+    """Every error on stderr, after what stdout has."""
+    sys.stdout.flush()
+    for finding in findings:
+        if finding.level == "error":
+            note(f"error: {finding}")
 
 
 def errors(findings: list[Finding]) -> bool:

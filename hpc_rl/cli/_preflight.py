@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from hpc_rl.cluster.findings import Finding, PreflightError
-from hpc_rl.cluster.preflight import machine_findings
+from hpc_rl.catalog.local_models import find_snapshot, hub_cache
+from hpc_rl.cluster.findings import Finding, PreflightError, place
+from hpc_rl.cluster.preflight import file_findings, machine_findings
 from hpc_rl.plan.schema import Plan
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.load import LoadedRecipe
@@ -18,8 +20,16 @@ ROWS_CHECKED = 100
 
 def preflight(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:
     """Everything that was found, errors first. Nothing is written but one short-lived file."""
-    findings = machine_findings(loaded, site, plan, recipe)
-    findings += data_findings(loaded, site)
+    return _sorted(machine_findings(loaded, site, plan, recipe) + data_findings(loaded, site))
+
+
+def files_preflight(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:
+    """What a dry run looks at: files and folders. Nothing of Slurm and of installed packages, for the job
+    may be meant for another machine, and nothing that imports torch (the Hub's data library does)."""
+    return _sorted(file_findings(loaded, site, plan, recipe) + data_findings(loaded, site, light=True))
+
+
+def _sorted(findings: list[Finding]) -> list[Finding]:
     rank = {"error": 0, "warning": 1, "ok": 2}
     return sorted(findings, key=lambda finding: rank[finding.level])
 
@@ -30,21 +40,27 @@ def require(findings: list[Finding]) -> None:
         raise PreflightError(findings)
 
 
-def data_findings(loaded: LoadedRecipe, site: Site) -> list[Finding]:
-    """The data sets are here, and the first rows have the columns that the recipe names."""
+def data_findings(loaded: LoadedRecipe, site: Site, *, light: bool = False) -> list[Finding]:
+    """The data sets are here, and the first rows have the columns that the recipe names.
+
+    `light`: of a data set that only the Hub's library can open, see no more than that it is in the cache.
+    """
     data = loaded.recipe.data
-    findings = _rows(loaded, site, data.train, "train", sft=loaded.recipe.kind == "sft")
+    findings = _rows(loaded, site, data.train, "train", light)
     if data.eval is not None:
-        findings += _rows(loaded, site, data.eval, "eval", sft=loaded.recipe.kind == "sft")
+        findings += _rows(loaded, site, data.eval, "eval", light)
     return findings
 
 
-def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, *, sft: bool) -> list[Finding]:
+def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, light: bool) -> list[Finding]:
     from hpc_rl.data.errors import DataError
-    from hpc_rl.data.rows import check_rows, load_rows
+    from hpc_rl.data.rows import check_rows, find_path, load_rows
 
-    where = f"{loaded.where('data', which)}: data.{which}"
+    where, sft = place(loaded, "data", which), loaded.recipe.kind == "sft"
     try:
+        path = find_path(spec.path, None)
+        if light and (path is None or (path / "dataset_info.json").exists()):
+            return _cached(loaded, site, spec, where) if path is None else [Finding("ok", where, str(path))]
         with _as_in_the_job(site):
             rows = load_rows(spec)
             check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED)
@@ -56,6 +72,18 @@ def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, *, sf
         fix = "raise data.train.limit" if spec.limit is not None else "give more rows"
         found.append(Finding("warning", where, message, f"{fix}, or lower policy.batch_size"))
     return found
+
+
+def _cached(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, where: str) -> list[Finding]:
+    """A data set of the Hub: downloaded, or prepared by its library in an earlier run."""
+    prepared = hub_cache(site.paths.hf_home).parent / "datasets"
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", prepared))
+    owner = spec.path.partition("/")[0]
+    snapshot = find_snapshot(spec.path, spec.revision, site.paths.hf_home, kind="datasets")
+    if snapshot is not None or any(prepared.glob(f"{owner}*")):
+        return [Finding("ok", where, f"{spec.path} is cached")]
+    message = f"{spec.path} is neither a path nor in the Hub cache, and jobs run offline"
+    return [Finding("error", where, message, f"run 'hpc-rl fetch {loaded.path}' where there is internet")]
 
 
 def rows_per_step(recipe: Recipe) -> int:

@@ -13,7 +13,8 @@ def check(
 ) -> None:
     """Run every check of submit: schema, arithmetic, files, columns, disk, Slurm's own opinion.
 
-    Exit code 0 if the recipe could be submitted, 2 if not. Nothing is written or queued.
+    Exit code 0 if the recipe could be submitted, 2 if not. Errors are on stderr, with --json on stdout as
+    well. Nothing is written or queued.
 
     \b
     Example:
@@ -22,23 +23,33 @@ def check(
     """
     from dataclasses import asdict
 
-    from hpc_rl.cli._checks import findings_of
+    from hpc_rl.cli._checks import errors, findings_of, tell_errors
     from hpc_rl.cli._console import print_json
     from hpc_rl.cli._prepare import prepare
     from hpc_rl.cli._summary import plan_summary
     from hpc_rl.cli.errors import EXIT_USER_ERROR
+    from hpc_rl.cluster.findings import Finding
+    from hpc_rl.recipe.yaml_source import RecipeError
 
-    prepared = prepare(recipe, list(overrides or []), site=site)
+    try:
+        prepared = prepare(recipe, list(overrides or []), site=site)
+    except RecipeError as error:
+        if as_json:  # the object is there whatever is wrong
+            found = [Finding("error", f"{p.where}: {p.key}".strip(": "), p.message) for p in error.problems]
+            print_json({"ok": False, "findings": [asdict(finding) for finding in found], "plan": None})
+        raise
     findings = findings_of(prepared)
-    passed = all(finding.level != "error" for finding in findings)
+    failed = errors(findings)
     if as_json:
         plan = prepared.plan.model_dump(mode="json")
-        print_json({"ok": passed, "findings": [asdict(finding) for finding in findings], "plan": plan})
+        print_json({"ok": not failed, "findings": [asdict(finding) for finding in findings], "plan": plan})
     else:
         print(plan_summary(prepared.plan))
         print()
         for finding in findings:
-            print(f"{finding.level:8}{finding}")
-        print("ready to submit" if passed else "not ready: see the errors above")
-    if not passed:
+            if finding.level != "error":
+                print(f"{finding.level:8}{finding}")
+        print("not ready: see the errors" if failed else "ready to submit")
+    tell_errors(findings)
+    if failed:
         raise typer.Exit(EXIT_USER_ERROR)

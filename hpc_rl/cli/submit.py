@@ -79,26 +79,41 @@ def tell(run: RunDir, started: Started, missing: list[str], as_json: bool) -> No
 
 
 def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool) -> None:
-    """Plan, resolved recipe and script on stdout; no file, no job."""
+    """Plan, resolved recipe and script on stdout, no job; then what is wrong with the files, on stderr."""
     if not as_json:
         print(f"# dry run of {recipe}: nothing is written or submitted", flush=True)
+    from hpc_rl.cli._checks import errors, tell_errors
+    from hpc_rl.cli._preflight import files_preflight
     from hpc_rl.cli._prepare import prepare
-    from hpc_rl.cli._summary import plan_summary
+    from hpc_rl.cli.errors import EXIT_USER_ERROR
 
     prepared = prepare(recipe, overrides, site=site)
     run_dir = _future_run(prepared)
+    if not as_json:
+        _print_dry_run(prepared, run_dir)
+    findings = files_preflight(prepared.loaded, prepared.site, prepared.plan, prepared.recipe)
     if as_json:
+        from dataclasses import asdict
+
         from hpc_rl.cli._console import print_json
 
-        plan = prepared.plan.model_dump(mode="json")
         print_json(
             {
-                "plan": plan,
+                "ok": not errors(findings),
+                "findings": [asdict(finding) for finding in findings],
+                "plan": prepared.plan.model_dump(mode="json"),
                 "recipe": prepared.recipe.model_dump(mode="json"),
                 "script": _script(prepared, run_dir),
             }
         )
-        return
+    tell_errors(findings)
+    if errors(findings):
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def _print_dry_run(prepared: Prepared, run_dir: str) -> None:
+    from hpc_rl.cli._summary import plan_summary
+
     print("\n".join(f"# {line}" for line in plan_summary(prepared.plan).splitlines()))
     print(f"\n# --- resolved.yaml\n{prepared.resolved_text}", flush=True)
     script = _script(prepared, run_dir)

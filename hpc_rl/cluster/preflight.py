@@ -39,19 +39,24 @@ def machine_findings(
 ) -> list[Finding]:
     """Every rung of this module, in order. `recipe` is the resolved one (`resolve_recipe`)."""
     findings = [Finding("warning", "plan", warning) for warning in plan.warnings]
-    findings += check_output_root(recipe.output_root, place(loaded, "output_root"))
-    findings += check_model(loaded, site)
+    findings += file_findings(loaded, site, plan, recipe)
     findings += check_secrets(loaded, os.environ if environ is None else environ)
     findings += check_packages(loaded, site, plan)
-    findings += check_extensions(loaded, site, plan)
     findings += check_redis(loaded)  # every kind has a controller, and so a bus
-    findings += check_files(loaded, site, plan)
     if plan.placement in ("het", "shared"):
         programs = check_programs(which)
         findings += programs
         if not any(finding.level == "error" for finding in programs):
             findings += check_partitions(plan)
     return findings
+
+
+def file_findings(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:
+    """The rungs that look at folders and files only: output, model, extensions, template and images."""
+    findings = check_output_root(recipe.output_root, place(loaded, "output_root"))
+    findings += check_model(loaded, site)
+    findings += check_extensions(loaded, site, plan)
+    return findings + check_files(loaded, site, plan)
 
 
 def check_output_root(output_root: str, where: str = "output_root") -> list[Finding]:

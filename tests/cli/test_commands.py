@@ -55,6 +55,35 @@ def test_a_dry_run_prints_everything_and_writes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_says_what_submit_would_refuse(tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("")
+    recipe = make_recipe(tmp_path)
+    words = [f"output_root={tmp_path}/blocked", "model.path=./gone", "data.train.path=./gone.jsonl"]
+    before = sorted(tmp_path.rglob("*"))
+    done = hpc_rl_forked("submit", recipe, *words, "--dry-run", "--site", "generic-gpu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "#SBATCH --job-name=tiny:policy" in done.stdout  # the whole answer is there all the same
+    for key in ("output_root", "model.path", "data.train"):
+        assert f": {key}: " in done.stderr
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error"] * 3
+    done = hpc_rl_forked("submit", recipe, *words, "--dry-run", "--json", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["ok"]) == (2, False)
+    assert [finding["level"] for finding in answer["findings"]].count("error") == 3
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_looks_for_data_of_the_hub_in_the_cache(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_DATASETS_CACHE": str(tmp_path / "prepared")}
+    words = ("submit", recipe, "data.train.path=org/rows", "--dry-run")
+    done = hpc_rl_forked(*words, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "data.train: org/rows is neither a path nor in the Hub cache" in done.stderr
+    (tmp_path / "prepared" / "org___rows").mkdir(parents=True)
+    assert hpc_rl_forked(*words, cwd=tmp_path, env=env).returncode == 0
+
+
 def test_render_prints_a_script_that_bash_accepts(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     done = hpc_rl_forked("render", recipe, "--site", "generic-gpu", "--run-dir", "/scratch/run", cwd=tmp_path)
@@ -76,6 +105,25 @@ def test_check_says_what_was_looked_at(tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").unlink()
     done = hpc_rl_forked("check", recipe, "--json", cwd=tmp_path)
     assert (done.returncode, json.loads(done.stdout)["ok"]) == (2, False)
+
+
+def test_errors_of_check_are_on_stderr_and_its_json_is_complete(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    done = hpc_rl_forked("check", recipe, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no weights" not in done.stdout
+    assert "not ready" in done.stdout
+    assert done.stderr.startswith("error: recipe.yaml:4: model.path: ")
+    assert "has no weights" in done.stderr
+    as_json = hpc_rl_forked("check", recipe, "--json", cwd=tmp_path)
+    found = [f for f in json.loads(as_json.stdout)["findings"] if f["level"] == "error"]
+    assert ["has no weights" in finding["message"] for finding in found] == [True]
+    assert as_json.stderr == done.stderr
+    refused = hpc_rl_forked("check", recipe, "policy.stepz=1", "policy.batch_size=x", "--json", cwd=tmp_path)
+    answer = json.loads(refused.stdout)
+    assert (refused.returncode, answer["ok"], answer["plan"]) == (2, False, None)
+    assert len(answer["findings"]) == 2 == len(refused.stderr.splitlines())
 
 
 @pytest.fixture
@@ -140,7 +188,7 @@ def test_start_up_imports_nothing_heavy(tmp_path: Path) -> None:
         "    assert not leave.code, leave.code\n"
         "early = {'submitit', 'jinja2', 'rich', 'numpy', 'redis', 'yaml'} & first[0]\n"
         "assert not early, early\n"
-        "late = {'torch', 'transformers', 'vllm', 'numpy', 'datasets', 'wandb'} & set(sys.modules)\n"
+        "late = {'torch', 'transformers', 'vllm', 'datasets', 'wandb'} & set(sys.modules)\n"
         "assert not late, late\n"
     )
     done = subprocess.run(
