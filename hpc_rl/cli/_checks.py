@@ -27,6 +27,14 @@ def tell_errors(findings: list[Finding]) -> None:
             note(f"error: {finding}")
 
 
+def tell_warnings(findings: list[Finding]) -> None:
+    """Every warning on stderr."""
+    sys.stdout.flush()
+    for finding in findings:
+        if finding.level == "warning":
+            note(f"warning: {finding}")
+
+
 def errors(findings: list[Finding]) -> bool:
     return any(finding.level == "error" for finding in findings)
 
@@ -51,6 +59,4 @@ def require_checks(prepared: Prepared, *, here: bool = False) -> None:
     """Show the warnings; raise PreflightError with every error."""
     findings = findings_of(prepared, here=here)
     require(findings)
-    for finding in findings:
-        if finding.level == "warning":
-            note(f"warning: {finding}")
+    tell_warnings(findings)

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_rl.cli._console import note
 from hpc_rl.cluster.sites import load_site
 from hpc_rl.plan.make import make_plan, resolve_recipe, write_plan
 from hpc_rl.plan.schema import Plan
 from hpc_rl.plan.site import Site
-from hpc_rl.recipe.dump import dump_resolved
+from hpc_rl.recipe.dump import dump_resolved, dump_yaml
 from hpc_rl.recipe.load import LoadedRecipe, load_recipe, save_plugins
 from hpc_rl.recipe.schema import Recipe
+from hpc_rl.recipe.yaml_source import Problem, RecipeError
 from hpc_rl.run.paths import RunDir
 from hpc_rl.run.secrets import store_secrets
 
@@ -40,11 +42,31 @@ def prepare(
 
     Raises RecipeError with everything that is wrong, each with file, line and key.
     """
-    words = [*overrides, f"cluster.site={site}"] if site else list(overrides)
-    loaded = load_recipe(path, words)
-    chosen = profile or load_site(loaded.recipe.cluster.site, placement=loaded.recipe.cluster.placement)
+    loaded = load_recipe(path, with_site(overrides, site))
+    chosen = profile or site_of(loaded)
     plan = make_plan(loaded, chosen)
     return Prepared(loaded, chosen, plan, resolve_recipe(loaded, chosen, plan))
+
+
+def with_site(overrides: Sequence[str], site: str | None) -> list[str]:
+    """The overrides, with `--site` as the last of them. Raises RecipeError for an empty name."""
+    if site is None:
+        return list(overrides)
+    if not site.strip():
+        text = "is empty; name a site profile (`hpc-rl site list`), or leave the option out"
+        raise RecipeError([Problem("--site", "", text)])
+    return [*overrides, f"cluster.site={dump_yaml(site).rstrip()}"]  # quoted where YAML would misread it
+
+
+def site_of(loaded: LoadedRecipe) -> Site:
+    """The site profile of a recipe; profiles that cannot be read are warnings unless it is one of them."""
+    cluster = loaded.recipe.cluster
+    return load_site(
+        cluster.site,
+        placement=cluster.placement,
+        where=loaded.where("cluster", "site"),
+        warn=lambda text: note(f"warning: {text}"),
+    )
 
 
 def create_run(prepared: Prepared) -> tuple[RunDir, list[str]]:

@@ -25,12 +25,11 @@ def fetch(
 
     from hpc_rl.cli._console import note, print_json, table
     from hpc_rl.cli._fetch import fetch as fetch_all
-    from hpc_rl.cluster.sites import load_site
+    from hpc_rl.cli._prepare import site_of, with_site
     from hpc_rl.recipe.load import load_recipe
 
-    words = [*(overrides or []), *([f"cluster.site={site}"] if site else [])]
-    loaded = load_recipe(recipe, words)
-    done = fetch_all(loaded, load_site(loaded.recipe.cluster.site), say=note)
+    loaded = load_recipe(recipe, with_site(overrides or [], site))
+    done = fetch_all(loaded, site_of(loaded), say=note)
     if as_json:
         print_json([asdict(item) for item in done])
         return

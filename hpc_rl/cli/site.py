@@ -17,11 +17,14 @@ def list_sites(as_json: bool = typer.Option(False, "--json", help="Print one JSO
     Example:
       hpc-rl site list
     """
-    from hpc_rl.cli._console import print_json, table
-    from hpc_rl.cluster.sites import detect_site, read_site, site_files
+    from hpc_rl.cli._console import note, print_json, table
+    from hpc_rl.cluster.sites import detect_site, readable_sites
 
-    here = detect_site()
-    profiles = [(name, path, read_site(path)) for name, path in sorted(site_files().items())]
+    warnings: list[str] = []
+    profiles = sorted(readable_sites(warn=warnings.append), key=lambda profile: profile[0])
+    here = detect_site(warn=warnings.append)
+    for warning in dict.fromkeys(warnings):
+        note(f"warning: {warning}")
     if as_json:
         print_json(
             [

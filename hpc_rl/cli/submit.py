@@ -82,7 +82,7 @@ def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool)
     """Plan, resolved recipe and script on stdout, no job; then what is wrong with the files, on stderr."""
     if not as_json:
         print(f"# dry run of {recipe}: nothing is written or submitted", flush=True)
-    from hpc_rl.cli._checks import errors, tell_errors
+    from hpc_rl.cli._checks import errors, tell_errors, tell_warnings
     from hpc_rl.cli._preflight import files_preflight
     from hpc_rl.cli._prepare import prepare
     from hpc_rl.cli.errors import EXIT_USER_ERROR
@@ -106,6 +106,8 @@ def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool)
                 "script": _script(prepared, run_dir),
             }
         )
+    else:
+        tell_warnings(findings)
     tell_errors(findings)
     if errors(findings):
         raise typer.Exit(EXIT_USER_ERROR)

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hpc_rl.plan.site import Site
@@ -19,7 +19,7 @@ from hpc_rl.recipe.messages import validate
 from hpc_rl.recipe.share import share_dir
 from hpc_rl.recipe.yaml_source import Problem, RecipeError, dotted, read_yaml
 
-__all__ = ["Site", "detect_site", "load_site", "site_files", "user_config_dir"]
+__all__ = ["Site", "detect_site", "load_site", "readable_sites", "site_files", "user_config_dir"]
 
 
 def user_config_dir() -> Path:
@@ -34,19 +34,51 @@ def site_files(config_dir: Path | None = None) -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def load_site(name: str = "auto", *, placement: str | None = None, config_dir: Path | None = None) -> Site:
+def readable_sites(
+    config_dir: Path | None = None, warn: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, Path, Site]]:
+    """Every profile as (name, file, profile). A broken one is told to `warn` and left out, so that one
+    file cannot stop what has nothing to do with it; without `warn` it raises RecipeError."""
+    for name, file in site_files(config_dir).items():
+        try:
+            yield name, file, read_site(file)
+        except RecipeError as error:
+            if warn is None:
+                raise
+            warn(f"site profile left out: {'; '.join(str(problem) for problem in error.problems)}")
+
+
+def load_site(
+    name: str = "auto",
+    *,
+    placement: str | None = None,
+    config_dir: Path | None = None,
+    where: str = "",
+    warn: Callable[[str], None] | None = None,
+) -> Site:
     """The profile called `name`, at the path `name`, or of the cluster we are on (`auto`).
 
-    With the recipe's `placement: local`, `auto` is this machine whatever cluster it belongs to.
+    With the recipe's `placement: local`, `auto` is this machine whatever cluster it belongs to. `where` is
+    the place that names the site, for messages; `warn` as for `readable_sites`.
 
     Raises RecipeError with file, line and key for a bad profile, or listing the names there are.
     """
     if name == "auto":
-        name = "local" if placement == "local" else detect_site(config_dir=config_dir)
-    looks_like_path = "/" in name or name.endswith((".yaml", ".yml"))
-    if looks_like_path:
-        return read_site(Path(name).expanduser())
+        name = "local" if placement == "local" else detect_site(config_dir=config_dir, warn=warn)
+    looks_like_path = "/" in name or name.endswith((".yaml", ".yml")) or name in (".", "..", "~")
     files = site_files(config_dir)
+    if looks_like_path:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            what = "is a folder, not a site profile" if path.is_dir() else "does not exist"
+            inside = sorted(file.name for file in path.glob("*.yaml")) if path.is_dir() else []
+            hint = (
+                f"; there are {', '.join(inside[:8])}"
+                if inside
+                else f"; known names: {', '.join(sorted(files))}"
+            )
+            raise RecipeError([Problem(where, "cluster.site", f"{name} {what}{hint}")])
+        return read_site(path)
     if name not in files:
         close = difflib.get_close_matches(name, files, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
@@ -55,7 +87,7 @@ def load_site(name: str = "auto", *, placement: str | None = None, config_dir: P
             f"no site profile is called {name!r}.{hint} Known: {', '.join(sorted(files))}. "
             f"Your own go to {folder}; 'hpc-rl site init' drafts one"
         )
-        raise RecipeError([Problem("", "cluster.site", message)])
+        raise RecipeError([Problem(where, "cluster.site", message)])
     return read_site(files[name])
 
 
@@ -99,9 +131,11 @@ def detect_site(
     config_dir: Path | None = None,
     which: Callable[[str], str | None] = shutil.which,
     hostname: str | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> str:
     """The name of the profile to use: the user's configured one, else the one that matches this
-    cluster, else `local` where there is no sbatch and `generic-gpu` where there is."""
+    cluster, else `local` where there is no sbatch and `generic-gpu` where there is. `warn` as for
+    `readable_sites`."""
     configured = _configured(config_dir or user_config_dir())
     if configured is not None:
         return configured
@@ -110,8 +144,8 @@ def detect_site(
     host = hostname or socket.getfqdn()
     cluster: str | None = None
     asked = False
-    for name, file in site_files(config_dir).items():
-        detect = read_site(file).detect
+    for name, _, site in readable_sites(config_dir, warn):
+        detect = site.detect
         if detect.hostname is not None and re.match(detect.hostname, host):
             return name
         if detect.cluster_name is not None:

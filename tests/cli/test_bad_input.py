@@ -109,7 +109,34 @@ def test_slurm_is_missing(tmp_path: Path) -> None:
 
 def test_a_site_that_does_not_exist(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
-    refused(recipe, "--site", "nowhere", words=("cluster.site", "nowhere", "local"))
+    refused(recipe, "--site", "nowhere", words=("override 'cluster.site=nowhere': cluster.site", "local"))
+    refused(recipe, "--site", "", words=("--site: is empty; name a site profile",))
+    refused(recipe, "--site", ".", words=("cluster.site", "is a folder, not a site profile"))
+    recipe.write_text(recipe.read_text().replace("site: local", "site: locl"))
+    line = line_of(recipe, "site")
+    refused(recipe, words=(f"recipe.yaml:{line}: cluster.site: no site", "Did you mean 'local'?"))
+
+
+def test_a_broken_site_profile_stops_nothing_else(tmp_path: Path) -> None:
+    sites = tmp_path / ".config" / "hpc-rl" / "sites"
+    sites.mkdir(parents=True)
+    (sites / "broken.yaml").write_text("name: broken\npartitons: {}\n")
+    done = hpc_rl_forked("site", "list", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"local", "generic-gpu"} <= {site["name"] for site in json.loads(done.stdout)}
+    (line,) = done.stderr.splitlines()  # once, though both the listing and `auto` met it
+    assert line.startswith("warning: site profile left out: .config/hpc-rl/sites/broken.yaml:2: partitons: ")
+    recipe = make_recipe(tmp_path, cluster={"site": "auto", "placement": "het"})
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name in ("sbatch", "scontrol"):
+        (bin_folder / name).write_text("#!/bin/sh\nexit 1\n")
+        (bin_folder / name).chmod(0o755)
+    env = {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    done = hpc_rl_forked("render", recipe, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "warning: site profile left out: " in done.stderr
+    refused(recipe, "--site", "broken", words=("broken.yaml:2: partitons: unknown key",))
 
 
 def test_a_recipe_that_does_not_exist_or_is_no_yaml(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.cluster.sites import detect_site, load_site, read_site, site_files
+from hpc_rl.cluster.sites import detect_site, load_site, read_site, readable_sites, site_files
 from hpc_rl.recipe import RecipeError
 from hpc_rl.recipe.share import share_dir
 
@@ -99,6 +99,45 @@ def test_bad_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
     Path("s.yaml").write_text(f"name: s\n{line}\n")
     with pytest.raises(RecipeError) as caught:
         load_site("./s.yaml")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_broken_profile_is_a_warning_to_all_others(config: Path) -> None:
+    (config / "sites" / "broken.yaml").write_text("name: broken\npartitons: {}\n")
+    (config / "sites" / "ajar.yaml").write_bytes(b"\xff")
+    said: list[str] = []
+    found = [name for name, _, _ in readable_sites(config, said.append)]
+    assert {"mine", "local"} <= set(found)
+    assert not {"broken", "ajar"} & set(found)
+    assert sorted(text.partition("sites/")[2][:25] for text in said) == [
+        "ajar.yaml: is not UTF-8 t",
+        "broken.yaml:2: partitons:",
+    ]
+    said.clear()
+    host = "login1.mine.org"
+    name = detect_site(config_dir=config, which=has_slurm, hostname=host, warn=said.append)
+    assert (name, len(said)) == ("mine", 2)
+    with pytest.raises(RecipeError, match="partitons"):
+        load_site("broken", config_dir=config, warn=said.append)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".", "r.yaml:3: cluster.site: . is a folder, not a site profile; there are other.yaml"),
+        ("./empty", "r.yaml:3: cluster.site: ./empty is a folder, not a site profile; known names: example,"),
+        ("./othr.yaml", "r.yaml:3: cluster.site: ./othr.yaml does not exist; known names: example, "),
+        ("nope", "r.yaml:3: cluster.site: no site profile is called 'nope'. Known: example, "),
+    ],
+)
+def test_what_is_no_profile_is_said_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text(MINE)
+    Path("empty").mkdir()
+    with pytest.raises(RecipeError) as caught:
+        load_site(name, where="r.yaml:3", config_dir=tmp_path)
     assert str(caught.value).startswith(message)
 
 
