@@ -73,9 +73,10 @@ def test_sft_runs_to_its_end_and_the_export_loads(workspace: Path) -> None:
 
 
 def test_sft_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
-    whole = Run.submit(tiny.sft_recipe(workspace, policy={"steps": 24}))
+    recipe = tiny.sft_recipe(workspace, policy={"steps": 24})
+    whole = Run.submit(recipe)
     whole.complete()
-    broken = Run.submit(tiny.sft_recipe(workspace, policy={"steps": 24}))
+    broken = Run.submit(recipe)
     stop_somewhere_and_resume(broken, random.Random(0), last=12)
     assert broken.complete()["attempt"] == 2
     assert_same_bits(whole, broken, "train/loss", "train/grad_norm")
@@ -83,9 +84,10 @@ def test_sft_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
 
 def test_synchronous_rl_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
     changes = {"algorithm": {"max_staleness": 0}, "policy": {"steps": 8}, "eval": {"before": True}}
-    whole = Run.submit(tiny.rl_recipe(workspace, **changes))
+    recipe = tiny.rl_recipe(workspace, **changes)
+    whole = Run.submit(recipe)
     whole.complete()
-    broken = Run.submit(tiny.rl_recipe(workspace, **changes))
+    broken = Run.submit(recipe)
     stop_somewhere_and_resume(broken, random.Random(1), last=5)
     broken.complete()
     assert_same_bits(whole, broken, "train/loss", "rollout/reward_mean")
@@ -133,5 +135,5 @@ def test_a_file_that_is_missing_on_the_node_ends_the_attempt_and_is_named(worksp
     (workspace / "model" / "config.json").rename(workspace / "elsewhere.json")  # after all checks passed
     status = run.wait(60)
     assert status["state"] == "FAILED"
-    assert status["first_cause"].startswith("policy 0: ")
+    assert status["first_cause"].startswith("policy 0 (load): ")
     assert str(workspace / "model") in status["first_cause"]
