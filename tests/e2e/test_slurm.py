@@ -85,6 +85,8 @@ def test_cancel_ends_all_components_within_ten_seconds(devcluster, workspace: Pa
     run.wait_for_step(1)
     pids = [registered(run, "policy", 0), registered(run, "policy", 1), registered(run, "rollout", 0)]
     assert all(pids)
+    comments = lambda: devcluster.run("squeue", "-h", "-j", job, "-o", "%k").stdout  # noqa: E731
+    run.wait_for(lambda: "/500 reward=" in comments(), 30, "squeue as a dashboard")
     run.cancel()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
