@@ -81,7 +81,7 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
     rows = surviving(tail_rows(run.metrics, 50))
     number = attempts[-1].attempt if attempts else 0
     return RunStatus(
-        run=run.name,
+        run=run.recorded_name(),
         run_dir=str(run.root),
         job_id=job.job_id if job else None,
         state=state,

@@ -10,7 +10,7 @@ import typer
 def list_runs(
     name: str | None = typer.Argument(None, help="Only runs of this recipe name."),
     root: list[Path] = typer.Option([], "--root", help="Also look under this output root."),
-    count: int = typer.Option(30, "-n", "--count", help="At most this many, the newest."),
+    count: int = typer.Option(30, "-n", "--count", min=1, help="At most this many, the newest."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON list."),
 ) -> None:
     """List runs: those in your index, and those under ./runs and every --root.
@@ -25,12 +25,24 @@ def list_runs(
     from hpc_rl.cli._state import run_status
     from hpc_rl.run.attempts import latest_job
     from hpc_rl.run.index import known_runs
+    from hpc_rl.run.paths import RunError
     from hpc_rl.telemetry.console import step_name
 
-    runs = [run for run in known_runs(["runs", *root]) if name is None or run.name == name][-count:]
-    jobs = [job.job_id for run in runs if (job := latest_job(run)) is not None and job.job_id]
+    runs, jobs, found = [], [], []
+    for run in [run for run in known_runs(["runs", *root]) if name is None or run.name == name][-count:]:
+        try:
+            job = latest_job(run)
+        except RunError as error:
+            note(f"warning: {error}")
+            continue
+        runs.append(run)
+        jobs += [job.job_id] if job is not None and job.job_id else []
     views = ask_jobs(jobs)  # one question to Slurm for all of them
-    found = [run_status(run, views=views, live=False) for run in runs]
+    for run in runs:
+        try:
+            found.append(run_status(run, views=views, live=False))
+        except RunError as error:  # one damaged run does not hide the others
+            note(f"warning: {error}")
     if as_json:
         print_json([answer.as_json() for answer in found])
         return

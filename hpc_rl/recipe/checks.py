@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hpc_rl.catalog.limits import ATTENTION, MAX_TEMPERATURE
 from hpc_rl.recipe.messages import is_secret, nearest
 from hpc_rl.recipe.schema import Recipe
-from hpc_rl.recipe.yaml_source import KeyPath, Problem, Source, dotted
+from hpc_rl.recipe.yaml_source import KeyPath, Problem, Source, Where, dotted
 
 SECRET_NAME = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -54,6 +54,35 @@ _FORBIDDEN = (
 )
 
 
+# key that a message is about -> keys that it must agree with
+_AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
+    ("policy", "batch_size"): (("policy", "parallel"), ("algorithm", "group_size")),
+    ("policy", "parallel"): (("cluster", "policy"),),
+    ("policy", "parallel", "tp"): (("model", "path"),),
+    ("rollout", "parallel"): (("cluster", "rollout"),),
+    ("rollout", "parallel", "tp"): (("model", "path"),),
+    ("rollout", "replicas"): (("rollout", "parallel"), ("cluster", "rollout")),
+    ("rollout", "max_model_len"): (("rollout", "max_tokens"), ("model", "path")),
+    ("rollout", "max_tokens"): (("model", "path"),),
+    ("algorithm", "temperature"): (("rollout", "engine"),),
+    ("cluster", "signal_seconds"): (("cluster", "time"),),
+    ("cluster", "time"): (("cluster", "site"),),
+}
+
+
+def blamed(source: Source, path: KeyPath) -> Where | None:
+    """The place to name for a mistake at `path`: where it was written, but an override of a key that it
+    must agree with, if there is one. What was written last is what broke the agreement."""
+    place = source.where(path)
+    if place is not None and place.override:
+        return place
+    for other in _AGREE.get(path, ()):
+        for written, there in source.places.items():
+            if written[: len(other)] == other and there.override:
+                return there
+    return place
+
+
 def parse_time(text: str) -> int:
     """Minutes (rounded up) of a Slurm time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ValueError."""
     match = _TIME.match(text)
@@ -83,7 +112,7 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
     problems: list[Problem] = []
 
     def bad(message: str, *path: str | int) -> None:
-        place = source.where(path)
+        place = blamed(source, path)
         problems.append(Problem(str(place) if place else "", dotted(path), message))
 
     for checker in (_kind, _model, _data, _length, _batch, _rollout, _cluster):

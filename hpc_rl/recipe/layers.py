@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hpc_rl.recipe.messages import is_secret, nearest
 from hpc_rl.recipe.share import share_dir
 from hpc_rl.recipe.yaml_source import (
     KeyPath,
@@ -42,7 +43,7 @@ _NAMED: list[tuple[KeyPath, KeyPath | None]] = [
 def find_recipe(name: str, folder: Path) -> Path:
     """A recipe file by path (relative to `folder`) or by the name of a shipped one.
 
-    Raises FileNotFoundError that lists the shipped names.
+    Raises FileNotFoundError that lists the shipped names (for a folder: the recipes in it).
     """
     path = Path(os.path.expanduser(name))  # of an unknown ~user: as it is, and so not there
     path = path if path.is_absolute() else folder / path
@@ -52,8 +53,15 @@ def find_recipe(name: str, folder: Path) -> Path:
     for candidate in (shipped / name, shipped / f"{name}.yaml"):
         if candidate.is_file() and candidate.resolve().parent == shipped.resolve():
             return candidate
-    known = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
-    raise FileNotFoundError(f"no recipe file {str(path)!r}; shipped recipes: {known}")
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    if path.is_dir():
+        inside = sorted(file.name for pattern in ("*.yaml", "*.yml") for file in path.glob(pattern))
+        there = f"recipes in it: {', '.join(inside[:8])}" if inside else "there is no .yaml file in it"
+        raise FileNotFoundError(f"{str(path)!r} is a folder, not a recipe file; {there}")
+    beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    guess = nearest(path.name, beside) or nearest(path.name.removesuffix(".yaml"), names)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    raise FileNotFoundError(f"no recipe file {str(path)!r}.{hint} Shipped recipes: {', '.join(names)}")
 
 
 def read_layers(path: Path) -> Source:
@@ -130,8 +138,6 @@ def apply_overrides(source: Source, overrides: list[str]) -> Source:
 
 def shown_override(text: str) -> str:
     """The override as it may appear in a message: a value that may be a secret is hidden."""
-    from hpc_rl.recipe.messages import is_secret
-
     key, mark, value = text.partition("=")
     path: KeyPath = tuple(key.split("."))
     names = re.findall(r"([\w-]+)['\"]?\s*[:=]", value)  # keys inside the value, as in variables={X_TOKEN: …}
@@ -164,8 +170,10 @@ def _apply(source: Source, text: str) -> Source:
             nested = {name: nested}
         above: Places = {tuple(path[:end]): Where(origin, None, Path.cwd()) for end in range(1, len(path))}
         merged = merge(source, Source(nested, {**above, **own}))
-        # the parents were written in the file; only the value itself is the override's
-        merged.places.update({old: source.places[old] for old in above if old in source.places})
+        # A mapping above was written in the file, and only the value is the override's; where the file had
+        # no mapping, the override made one of it.
+        kept = [old for old in above if isinstance(_get(source.data, old), dict)]
+        merged.places.update({old: source.places[old] for old in kept if old in source.places})
         return merged
     return _set_in_list(source, path, value, own)
 
@@ -181,12 +189,16 @@ def _index(part: str, items: list[Any], path: list[str | int]) -> int:
 
 def _set_in_list(source: Source, path: list[str | int], value: Any, own: Places) -> Source:
     data = _copy(source.data)
+    places = dict(source.places)
     target: Any = data
     for index, part in enumerate(path[:-1]):
+        made: KeyPath = tuple(path[: index + 1])
         if isinstance(target, list) and part == len(target):
             target.append({})
+            places[made] = own[tuple(path)]
         elif isinstance(target, dict) and not isinstance(target.get(str(part)), dict | list):
             target[str(part)] = {}
+            places[made] = own[tuple(path)]
         target = target[part]
         if not isinstance(target, dict | list):
             raise ValueError(f"{dotted(tuple(path[: index + 1]))} is not a mapping")
@@ -194,7 +206,6 @@ def _set_in_list(source: Source, path: list[str | int], value: Any, own: Places)
         target.append(value)
     else:
         target[path[-1]] = value
-    places = dict(source.places)
     _remove_places(places, tuple(path))
     places.update(own)
     return Source(data, places)

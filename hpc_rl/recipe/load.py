@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc_rl.recipe.checks import cross_checks
+from hpc_rl.recipe.checks import blamed, cross_checks
 from hpc_rl.recipe.extensions import UnknownExtension, options_of, registry
 from hpc_rl.recipe.layers import apply_overrides, find_recipe, read_layers
 from hpc_rl.recipe.messages import validate
@@ -49,7 +51,8 @@ class LoadedRecipe:
 
     def problem(self, message: str, *path: str | int) -> Problem:
         """A Problem at `path`, for checks that run after loading."""
-        return Problem(self.where(*path), dotted(path), message)
+        place = blamed(self.source, path)
+        return Problem(str(place) if place else str(self.path), dotted(path), message)
 
     def written(self, *path: str | int) -> bool:
         """True when the recipe (or an override) says something at `path` itself."""
@@ -66,12 +69,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     except FileNotFoundError as error:
         raise RecipeError([Problem("", "", str(error))]) from error
     source = apply_overrides(read_layers(file), list(overrides))
-    plugins, problems = _plugins(source)
+    with redirect_stdout(sys.stderr):  # stdout is the command's answer, maybe JSON; a plugin may print
+        plugins, problems = _plugins(source)
     recipe, schema_problems = validate(Recipe, source.data, source)
     problems += schema_problems
     if recipe is None:
         raise RecipeError(problems)
-    problems += _Extensions(recipe, source).check()
+    with redirect_stdout(sys.stderr):
+        problems += _Extensions(recipe, source).check()
     problems += cross_checks(recipe, source)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))

@@ -27,6 +27,7 @@ _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fals
 _MAX_DEPTH, _MAX_VALUES = 64, 100_000  # aliases can make a short file endless
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_RESOLVER: Any = yaml.resolver.Resolver()
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Where:
     line: int | None
     folder: Path  # relative paths in the value are relative to this
     raw: str | None = None
+
+    @property
+    def override(self) -> bool:
+        """Whether an `a.b=value` said it."""
+        return self.line is None and self.origin.startswith("override")
 
     def __str__(self) -> str:
         return self.origin if self.line is None else f"{self.origin}:{self.line}"
@@ -111,6 +117,17 @@ def _is_plain(node: Any) -> bool:
     return not node.style
 
 
+def _explicit_tag(node: Any) -> str | None:
+    """The tag that was written before a value (`!!str`, `!foo`), or None. PyYAML gives every node one."""
+    value, implicit = (
+        (node.value, (_is_plain(node), True)) if isinstance(node, yaml.ScalarNode) else (None, (True, True))
+    )
+    if node.tag == _RESOLVER.resolve(type(node), value, implicit):
+        return None
+    standard = "tag:yaml.org,2002:"
+    return "!!" + node.tag.removeprefix(standard) if node.tag.startswith(standard) else str(node.tag)
+
+
 class _Reader:
     """Turns a composed node tree into plain data, collecting places and problems."""
 
@@ -123,6 +140,15 @@ class _Reader:
     def _place(self, path: KeyPath, node: Any, raw: str | None = None) -> None:
         self.places[path] = Where(self.origin, node.start_mark.line + 1, self.folder, raw)
 
+    def _refuse_tag(self, node: Any, path: KeyPath) -> None:
+        tag = _explicit_tag(node)
+        if tag is not None:
+            where = f"{self.origin}:{node.start_mark.line + 1}"
+            message = (
+                f"YAML tags ({tag}) are not read; remove it, and put text that looks like a number in quotes"
+            )
+            self.problems.append(Problem(where, dotted(path), message))
+
     def value(self, node: Any, path: KeyPath) -> Any:
         if len(path) > _MAX_DEPTH or len(self.places) > _MAX_VALUES:
             what = f"is nested deeper than {_MAX_DEPTH} levels"
@@ -130,6 +156,7 @@ class _Reader:
                 what = f"has more than {_MAX_VALUES} values"
             message = f"{what}; look for aliases (*name) that repeat themselves"
             raise RecipeError([Problem(f"{self.origin}:{node.start_mark.line + 1}", "", message)])
+        self._refuse_tag(node, path)
         if isinstance(node, yaml.ScalarNode):
             plain = _is_plain(node)
             self.places.setdefault(path, Where(self.origin, node.start_mark.line + 1, self.folder))
@@ -153,6 +180,7 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problems.append(Problem(f"{self.origin}:{line}", dotted(path), "a key must be text"))
                 continue
+            self._refuse_tag(key_node, path)
             key = key_node.value
             if key == "<<" and _is_plain(key_node):
                 self.problems.append(

@@ -106,5 +106,9 @@ def record_job(
 
 
 def latest_job(run: RunDir) -> JobRecord | None:
+    """The newest submission, or None. Raises RunError for an entry that is none."""
     entries = jsonl.read(run.jobs)
-    return JobRecord(**entries[-1]) if entries else None
+    try:
+        return JobRecord(**entries[-1]) if entries else None
+    except TypeError as error:
+        raise RunError(f"{run.jobs}: the last entry is not a job ({error}); remove that line") from error

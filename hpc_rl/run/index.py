@@ -35,7 +35,7 @@ def known_runs(roots: Iterable[Path | str] = ()) -> list[RunDir]:
     """Runs of the index and of `roots` that still exist, oldest first."""
     try:
         entries = jsonl.read(index_path())
-    except OSError:
+    except RunError:
         entries = []
     found = {Path(str(entry["run_dir"])) for entry in entries}
     for root in roots:
@@ -50,6 +50,13 @@ def job_ids(run: RunDir) -> list[str]:
     return list(dict.fromkeys(str(entry["job_id"]) for entry in entries if entry.get("job_id")))
 
 
+def _has_job(run: RunDir, job_id: str) -> bool:
+    try:
+        return job_id in job_ids(run)
+    except RunError:  # a damaged run is not the one that is looked for; its own status says what is wrong
+        return False
+
+
 def find_run(token: str | Path, roots: Iterable[Path | str] = ("runs",)) -> RunDir:
     """The run named by a directory, a job id, a run id or a recipe name (its latest run).
 
@@ -61,7 +68,7 @@ def find_run(token: str | Path, roots: Iterable[Path | str] = ("runs",)) -> RunD
     runs = known_runs(roots)
     text = str(token)
     for run in reversed(runs):
-        if text in (run.name, run.run_id) or text.partition("+")[0] in job_ids(run):
+        if text in (run.name, run.run_id) or _has_job(run, text.partition("+")[0]):
             return run
     names = ", ".join(sorted({run.name for run in runs})) or "none"
     raise RunError(f"no run is named {text!r} (a run directory, a name or a job id); known names: {names}")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hpc_rl.run.paths import RunError
+
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null, so that every reader can parse the file."""
@@ -46,11 +48,16 @@ def append(path: Path, *entries: dict[str, Any], sync: bool = True) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole entries of `path`, in order; an absent file is empty, torn lines are skipped."""
+    """All whole entries of `path`, in order; an absent file is empty, torn lines are skipped.
+
+    Raises RunError for what is there and cannot be read.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
+    except OSError as error:  # a folder of that name, no permission, a broken disk
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
     entries = []
     for line in data.split(b"\n"):
         try:

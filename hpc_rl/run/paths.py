@@ -7,6 +7,7 @@ private even then.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -64,6 +65,15 @@ class RunDir:
     def name(self) -> str:
         """The recipe's name (the folder above the run id)."""
         return self.root.parent.name
+
+    def recorded_name(self) -> str:
+        """The recipe's name as `plan.json` has it, also in a copy that lies elsewhere; else as `name`."""
+        try:
+            plan = json.loads(self.plan.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return self.name
+        name = plan.get("name") if isinstance(plan, dict) else None
+        return name if isinstance(name, str) else self.name
 
     @property
     def run_id(self) -> str:

@@ -141,6 +141,13 @@ def test_a_broken_site_profile_stops_nothing_else(tmp_path: Path) -> None:
 
 def test_a_recipe_that_does_not_exist_or_is_no_yaml(tmp_path: Path) -> None:
     refused(tmp_path / "absent.yaml", words=("absent.yaml",))
+    refused(tmp_path / "gsm8k-grop", words=("Did you mean 'gsm8k-grpo'? Shipped recipes: gsm8k-grpo, ",))
+    make_recipe(tmp_path)
+    refused(tmp_path / "recpie.yaml", words=("Did you mean 'recipe.yaml'?",))
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / "folder", words=("folder' is a folder, not a recipe file; there is no .yaml file in",))
+    (tmp_path / "folder" / "mine.yaml").write_text("")
+    refused(tmp_path / "folder", words=("is a folder, not a recipe file; recipes in it: mine.yaml",))
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [tiny\nkind: sft\n")
     refused(broken, words=("broken.yaml:",))
@@ -184,6 +191,37 @@ def test_a_damaged_record_of_attempts_is_named(tmp_path: Path) -> None:
     done = hpc_rl_forked("status", run, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {run}/attempts.jsonl: an entry is not an attempt")
+
+
+@pytest.mark.parametrize("name", ["attempts.jsonl", "events.jsonl", "jobs.jsonl"])
+def test_a_record_that_is_a_folder_is_named_and_hides_no_other_run(tmp_path: Path, name: str) -> None:
+    for run in ("bad", "good"):
+        (tmp_path / "runs" / "tiny" / run).mkdir(parents=True)
+        (tmp_path / "runs" / "tiny" / run / "resolved.yaml").write_text("name: tiny\n")
+    bad = tmp_path / "runs" / "tiny" / "bad"
+    (bad / name).mkdir()
+    done = hpc_rl_forked("status", bad, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"error: {bad}/{name} cannot be read: Is a directory\n")
+    listed = hpc_rl_forked("list", "--json", cwd=tmp_path)
+    assert listed.returncode == 0
+    assert [run["run_dir"] for run in json.loads(listed.stdout)] == [str(tmp_path / "runs" / "tiny" / "good")]
+    assert listed.stderr == f"warning: {bad}/{name} cannot be read: Is a directory\n"
+    assert hpc_rl_forked("status", "12345", cwd=tmp_path).stderr.startswith("error: no run is named '12345'")
+
+
+def test_a_record_of_jobs_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "resolved.yaml").write_text("name: tiny\n")
+    (tmp_path / "jobs.jsonl").write_text('{"x": 1}\n')
+    done = hpc_rl_forked("status", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/jobs.jsonl: the last entry is not a job")
+
+
+@pytest.mark.parametrize("count", ["-3", "0", "x"])
+def test_a_count_of_runs_is_positive(tmp_path: Path, count: str) -> None:
+    done = hpc_rl_forked("list", "-n", count, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Invalid value for '-n'" in done.stderr
 
 
 def test_check_and_render_refuse_in_the_same_words(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,21 @@ def test_status_list_and_logs(tmp_path: Path, run: RunDir) -> None:
     absent = hpc_rl_forked("logs", "tiny", "--attempt", "7", cwd=tmp_path)
     assert absent.returncode == 2
     assert "attempts: 1" in absent.stderr
+
+
+def test_a_copy_of_a_run_keeps_its_name(tmp_path: Path, run: RunDir) -> None:
+    run.plan.write_text(json.dumps({"name": "tiny", "total_steps": 10}))
+    copy = shutil.copytree(run.root, tmp_path / "kept" / "copy")
+    answer = json.loads(hpc_rl_forked("status", copy, "--json", cwd=tmp_path).stdout)
+    assert (answer["run"], answer["run_dir"]) == ("tiny", str(copy))
+
+
+def test_a_plugin_that_prints_leaves_json_whole(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    (tmp_path / "talks.py").write_text("print('hello')\n")
+    done = hpc_rl_forked("check", recipe, "plugins=[talks.py]", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["ok"] is True
+    assert done.stderr == "hello\n"
 
 
 def test_cancelling_an_ended_run_says_so(tmp_path: Path, run: RunDir) -> None:

@@ -49,6 +49,14 @@ def test_config_is_validated_with_messages() -> None:
         registry("algorithms").config("grpo", {"group_sice": 4})
 
 
+def test_what_a_plugin_prints_goes_to_stderr(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    write("print('from the config')\n" + plugin("talks_config"), "talks_config.py")
+    write("print('hello')\n" + plugin("talks"), "talks.py")
+    load_recipe("small.yaml", ["plugins=[talks.py]", "reward=[{name: talks_reward}]"])
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "hello\n")
+
+
 def test_unknown_names_list_what_there_is() -> None:
     with pytest.raises(UnknownExtension, match=r"Did you mean 'grpo'\? Known: grpo, sft"):
         registry("algorithms").member("grop")

@@ -94,6 +94,19 @@ def _rest(item: dict[str, Any]) -> dict[str, Any]:
             "override 'cluster.variables=(hidden)': cluster.variables.HF_TOKEN: looks like a secret",
         ),
         ("polcy={A_TOKEN: hf_value}", "override 'polcy=(hidden)': polcy: unknown key (value (hidden))"),
+        (
+            "policy.steps.x=3",
+            "override 'policy.steps.x=3': policy.steps: is {\"x\": 3} (a mapping); must be an",
+        ),
+        ("reward.0.name.x=3", "override 'reward.0.name.x=3': reward.0.name: must be text"),
+        ("reward.1.weight=2", "override 'reward.1.weight=2': reward.1.name: is required and missing"),
+        (
+            "policy.parallel.dp_shard=3",
+            "override 'policy.parallel.dp_shard=3': policy.batch_size: is 8; must be divisible by the 3 data",
+        ),
+        ("algorithm.group_size=3", "override 'algorithm.group_size=3': policy.batch_size: is 8; must be"),
+        ("cluster.time=3", "override 'cluster.time=3': cluster.signal_seconds: is 300; must be shorter"),
+        ("seed=!!str 5", "override 'seed=!!str 5': YAML tags (!!str) are not read"),
         ("policy.steps=[1", "override 'policy.steps=[1': not valid YAML: '[1'"),
         (
             "policy.stepz=1",

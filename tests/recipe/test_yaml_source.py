@@ -104,6 +104,23 @@ def test_what_is_refused(text: str, message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "tag"),
+    [
+        ("a: 1\nb: !foo 3\n", "f.yaml:2: b", "!foo"),
+        ("a: !!python/object/apply:os.system [ls]\n", "f.yaml:1: a", "!!python/object/apply:os.system"),
+        ("a:\n  - !!str 5\n", "f.yaml:2: a.0", "!!str"),
+        ("a: !!binary 'aGk='\n", "f.yaml:1: a", "!!binary"),
+        ("a: !!set {x, y}\n", "f.yaml:1: a", "!!set"),
+        ("!key a: 1\n", "f.yaml:1", "!key"),
+    ],
+)
+def test_tags_are_refused(text: str, place: str, tag: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(text)
+    assert str(caught.value).startswith(f"{place}: YAML tags ({tag}) are not read; remove it")
+
+
 @pytest.mark.parametrize("text", ["a: [1\nb: 2", "a:\n\t- 1", "a: 'x", "a: b: c", "\x01"])
 def test_syntax_errors_name_file_and_line(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
