@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 EXIT_USER_ERROR = 2
 
@@ -25,6 +27,17 @@ _TYPES = (
 )
 
 
+# Errors that say several things: how to list them.
+_LISTS: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
+    ("hpc_rl.recipe.yaml_source", "RecipeError", lambda error: [str(part) for part in error.problems]),
+    (
+        "hpc_rl.cluster.findings",
+        "PreflightError",
+        lambda error: [str(part) for part in error.findings if part.level == "error"],
+    ),
+)
+
+
 class UserError(ValueError):
     """A mistake in what the user asked for; the message says what to change."""
 
@@ -39,6 +52,14 @@ def user_errors() -> tuple[type[BaseException], ...]:
 
 
 def report(error: BaseException) -> None:
-    """The message on stderr, each line of it marked as an error where it starts one."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    print("\n".join([f"error: {lines[0]}", *lines[1:]]), file=sys.stderr)
+    """The message on stderr, one `error:` for each thing that is wrong."""
+    for text in _parts(error):
+        print(f"error: {text}", file=sys.stderr)
+
+
+def _parts(error: BaseException) -> list[str]:
+    """One text per mistake: a recipe and the preflight ladder have several, the others one."""
+    for module, name, each in _LISTS:
+        if module in sys.modules and isinstance(error, vars(sys.modules[module])[name]):
+            return each(error)
+    return [str(error) or type(error).__name__]

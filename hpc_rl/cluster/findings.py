@@ -24,7 +24,8 @@ class Finding:
 
 def place(loaded: LoadedRecipe, *path: str | int) -> str:
     """`file:line: a.b` of a key, for `Finding.where`."""
-    return f"{loaded.where(*path)}: {'.'.join(str(part) for part in path)}"
+    problem = loaded.problem("", *path)
+    return f"{problem.where}: {problem.key}"
 
 
 class PreflightError(ValueError):

@@ -163,6 +163,8 @@ def check_extensions(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Findi
             used.append(("transports", transport, "policy", ("rollout", "weights", "transport")))
         for index, reward in enumerate(recipe.reward):
             used.append(("rewards", reward["name"], "rollout", ("reward", index, "name")))
+    if recipe.simulator is not None:
+        used.append(("simulators", recipe.simulator["name"], "rollout", ("simulator", "name")))
     for kind, name, role, path in used:
         elsewhere = site.python is not None or plan.group(role).image is not None
         try:

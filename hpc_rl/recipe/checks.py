@@ -67,6 +67,9 @@ _AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
     ("algorithm", "temperature"): (("rollout", "engine"),),
     ("cluster", "signal_seconds"): (("cluster", "time"),),
     ("cluster", "time"): (("cluster", "site"),),
+    # rows are judged by all keys of their section
+    ("data", "train"): (("data", "train"),),
+    ("data", "eval"): (("data", "eval"),),
 }
 
 

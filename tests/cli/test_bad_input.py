@@ -56,6 +56,14 @@ def test_tp_that_does_not_divide_the_heads(tmp_path: Path) -> None:
     refused(make_recipe(tmp_path), "policy.parallel.tp=3", words=("policy.parallel.tp", "4"))
 
 
+def test_every_mistake_is_an_error_of_its_own(tmp_path: Path) -> None:
+    text = refused(make_recipe(tmp_path), "policy.stepz=1", "policy.batch_size=x", words=())
+    assert [line.startswith("error: override ") for line in text.splitlines()] == [True, True]
+    gone = ("model.path=./gone", "data.train.path=./gone.jsonl")
+    text = refused(tmp_path / "recipe.yaml", *gone, words=("model.path", "data.train"))
+    assert [line.startswith("error: override ") for line in text.splitlines()] == [True, True]
+
+
 def test_a_model_path_that_does_not_exist(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     words = (f"recipe.yaml:{line_of(recipe, 'model')}", "model.path", "/nowhere/model", "does not exist")
