@@ -20,7 +20,7 @@ test: setup ## everything but the learning runs: real Slurm, Redis, vLLM
 	$(BIN)/python -m pytest -q -m "not learn"
 
 learn: setup ## the longer learning runs
-	$(BIN)/python -m pytest -q -m learn --timeout 3600
+	$(BIN)/python -m pytest -q -s -m learn --timeout 3600
 
 bench: setup ## every benchmark; the last line of each is JSON
 	@for file in benchmarks/[a-z]*.py; do name=$$(basename $$file .py); \

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -22,6 +23,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from hpc_rl.weights.gloo import GlooChannel, GlooTransport
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
+from hpc_rl.weights.nccl import NcclChannel
 from hpc_rl.weights.protocol import Channel, Receiver, WeightTransferError
 
 
@@ -71,6 +73,18 @@ def receive_into(
     return PushReport(info.version, receiver.tensors, receiver.nbytes, time.monotonic() - began)
 
 
+def receive_and_report(
+    engine: WeightTransferEngine[Any, Any], channel: GlooChannel | NcclChannel | None, info: PushUpdateInfo
+) -> None:
+    """`receive_into` the model of `engine`; the report goes into the group's rendezvous store."""
+    if channel is None:
+        raise WeightTransferError("update_weights before init_weight_transfer_engine")
+    config = engine.model_config
+    report = receive_into(engine.model, channel, config.model, config.revision, info)
+    key = f"report:{info.version}:{engine.parallel_config.rank}"
+    channel.store.set(key, msgspec.msgpack.encode(report))
+
+
 def refresh_tied(model: torch.nn.Module) -> None:
     """Let modules that share another module's weight process it again.
 
@@ -115,13 +129,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, PushUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
-        if self._channel is None:
-            raise WeightTransferError("update_weights before init_weight_transfer_engine")
-        report = receive_into(
-            self.model, self._channel, self.model_config.model, self.model_config.revision, update_info
-        )
-        key = f"report:{update_info.version}:{self.parallel_config.rank}"
-        self._channel.store.set(key, msgspec.msgpack.encode(report))
+        receive_and_report(self, self._channel, update_info)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from hpc_rl.weights.nccl import NcclChannel
-from hpc_rl.weights.protocol import WeightTransferError
 from hpc_rl.weights.store import RedisStore
-from hpc_rl.weights.vllm_gloo import PushUpdateInfo, receive_into, refresh_tied
+from hpc_rl.weights.vllm_gloo import PushUpdateInfo, receive_and_report, refresh_tied
 
 
 @dataclass(kw_only=True)
@@ -44,13 +42,7 @@ class CheckedNcclWeightTransferEngine(NCCLWeightTransferEngine):
         self._channel = NcclChannel(self.model_update_group, init_info.prefix, store)
 
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
-        if self._channel is None:
-            raise WeightTransferError("update_weights before init_weight_transfer_engine")
-        report = receive_into(
-            self.model, self._channel, self.model_config.model, self.model_config.revision, update_info
-        )
-        key = f"report:{update_info.version}:{self.parallel_config.rank}"
-        self._channel.store.set(key, msgspec.msgpack.encode(report))
+        receive_and_report(self, self._channel, update_info)
 
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
