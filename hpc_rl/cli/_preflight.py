@@ -54,7 +54,8 @@ def data_findings(loaded: LoadedRecipe, site: Site, *, light: bool = False) -> l
 
 def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, light: bool) -> list[Finding]:
     from hpc_rl.data.errors import DataError
-    from hpc_rl.data.rows import check_rows, find_path, load_rows
+    from hpc_rl.data.prompts import check_rows
+    from hpc_rl.data.rows import find_path, load_rows
 
     where, sft = place(loaded, "data", which), loaded.recipe.kind == "sft"
     try:

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from hpc_rl.data.order import epoch_order
-from hpc_rl.data.rows import load_rows, prompt_of
+from hpc_rl.data.prompts import prompt_of
+from hpc_rl.data.rows import load_rows
 from hpc_rl.recipe.schema import DatasetSpec
 from hpc_rl.types import Prompt
 

@@ -16,10 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from hpc_rl.data.errors import DataError
-from hpc_rl.data.prompts import check_rows, completion_of, prompt_of
 from hpc_rl.recipe.schema import DatasetSpec
-
-__all__ = ["DataError", "Rows", "check_rows", "completion_of", "find_path", "load_rows", "prompt_of"]
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _HASH_WHOLE = 64 << 20  # files above this are hashed by size, head and tail

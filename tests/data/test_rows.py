@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.data.rows import DataError, check_rows, completion_of, load_rows, prompt_of
+from hpc_rl.data.errors import DataError
+from hpc_rl.data.prompts import check_rows, completion_of, prompt_of
+from hpc_rl.data.rows import load_rows
 from hpc_rl.recipe.schema import DatasetSpec
 
 ROWS = [{"question": f"What is {i} + 1?", "answer": f"It is #### {i + 1}", "level": i} for i in range(5)]
