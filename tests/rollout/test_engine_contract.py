@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -267,6 +268,21 @@ def test_second_update_uses_the_same_group(harness: Harness) -> None:
     for sample in samples:
         assert sample.spans[0].version == 2
         check_log_probs(harness, sample, SHORT.temperature)
+
+
+def test_an_engine_on_one_node_listens_on_loopback_only(harness: Harness) -> None:
+    """Its workers have sockets of their own (vLLM's groups, ours for weights); no other host reaches them."""
+    workers = [p for p in psutil.Process().children(recursive=True) if "VLLM" in " ".join(p.cmdline())]
+    assert bool(workers) == (harness.name == "vllm")
+    processes = workers or [psutil.Process()]
+    listening = {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening, "the transfer group of the updates above listens"
+    assert listening <= {"127.0.0.1", "::1"}
 
 
 def test_partial_update_is_refused_and_version_stays(harness: Harness) -> None:
