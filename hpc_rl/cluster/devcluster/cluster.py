@@ -24,6 +24,7 @@ from hpc_rl.cluster.devcluster import accounting, config, devices, munge, packag
 from hpc_rl.cluster.devcluster.errors import DevClusterError
 from hpc_rl.cluster.devcluster.spec import ProfileSpec, default_spec
 from hpc_rl.cluster.devcluster.state import FILE, State
+from hpc_rl.run.paths import write_private
 
 _log = logging.getLogger(__name__)
 _LONGEST_ROOT = 80  # munge's and MariaDB's sockets must fit into a sockaddr_un (108 bytes)
@@ -167,12 +168,12 @@ class DevCluster:
             (self.root / folder).mkdir(mode=0o755)
         for folder in ("munge/key", "state/ctld", *(("mysql", "mysql/data") if self.spec.accounting else ())):
             (self.root / folder).mkdir(mode=0o700)
-        _write_private(layout.munge_key, secrets.token_bytes(1024))
+        write_private(layout.munge_key, secrets.token_bytes(1024))
         gpus = devices.fake_gpus(layout.devices, max(part.gpus for part in self.spec.partitions))
         layout.conf.write_text(config.slurm_conf(self.spec, layout))
         layout.gres_conf.write_text(config.gres_conf(self.spec, gpus))
         if self.spec.accounting:
-            _write_private(layout.dbd_conf, config.slurmdbd_conf(layout).encode())
+            write_private(layout.dbd_conf, config.slurmdbd_conf(layout).encode())
         return state
 
     def _layout(self, state: State) -> config.Layout:
@@ -351,11 +352,6 @@ class DevCluster:
             self.root.rmdir()
         self._state = None
         self._children.clear()
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
 
 
 def _wait(ready: Callable[[], bool], deadline: float, waiting_for: Callable[[], str]) -> None:
