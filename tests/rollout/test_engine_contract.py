@@ -7,6 +7,7 @@ Reference log-probs are a plain Transformers fp32 forward without a cache.
 from __future__ import annotations
 
 import asyncio
+import stat
 import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -283,6 +284,19 @@ def test_an_engine_on_one_node_listens_on_loopback_only(harness: Harness) -> Non
     }
     assert listening, "the transfer group of the updates above listens"
     assert listening <= {"127.0.0.1", "::1"}
+
+
+def test_unix_sockets_lie_in_a_folder_of_our_own(harness: Harness) -> None:
+    """vLLM's processes unpickle what comes over them."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    bound = {
+        Path(connection.laddr).parent
+        for process in processes
+        for connection in process.net_connections(kind="unix")
+        if "hpc-rl-vllm-" in str(connection.laddr)
+    }
+    assert len(bound) == (harness.name == "vllm")
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in bound)
 
 
 def test_partial_update_is_refused_and_version_stays(harness: Harness) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -123,9 +124,14 @@ class VllmEngine:
         self._joined = False
         self._prefix = ""
         self._broken = ""
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> None:
         set_environment(self.settings.options)
+        # vLLM's processes send each other pickles over Unix sockets, by default in /tmp under the user's
+        # umask: in a folder of our own nobody else can connect, and none is left behind.
+        self._sockets = tempfile.TemporaryDirectory(prefix="hpc-rl-vllm-")
+        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets.name
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -242,6 +248,9 @@ class VllmEngine:
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
+        if self._sockets is not None:
+            self._sockets.cleanup()
+            self._sockets = None
 
 
 def _sample(completion: CompletionOutput, version: int) -> Sample:
