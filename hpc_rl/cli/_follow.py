@@ -78,7 +78,8 @@ def show_end(run: RunDir, status: RunStatus) -> None:
     """The end of a run: its held-out accuracy as a curve, its state, and the cause if it failed."""
     points = series(surviving(read_metrics(run.metrics)), "eval/accuracy")
     if len(points) > 1:
-        print(curve(points, title="eval/accuracy", low=0, high=1))
+        top = max(1.0, *(value for _, value in points))  # a reward may be more than 1
+        print(curve(points, title="eval/accuracy", low=0, high=top))
     print(f"{status.state}: {run.root}")
     if status.first_cause and status.state != "COMPLETED":
         print(f"first cause: {status.first_cause}")

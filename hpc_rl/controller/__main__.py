@@ -8,8 +8,7 @@ from hpc_rl.controller.base import Controller
 from hpc_rl.controller.rl import RlController
 from hpc_rl.controller.sft import SftController
 from hpc_rl.roles import RoleProcess, main
-from hpc_rl.run.attempts import read_attempts
-from hpc_rl.telemetry.report import write_report
+from hpc_rl.telemetry.run_report import write_run_report
 
 
 def body(role: RoleProcess) -> int:
@@ -29,10 +28,8 @@ def conclude(controller: Controller, wandb_s: float) -> None:
     """End W&B and write `report.html` from whatever was measured."""
     if controller.recorder is None:
         return
-    run = controller.run_dir
     controller.recorder.close(wandb_s)
-    attempts = [attempt.__dict__ for attempt in read_attempts(run)]
-    write_report(run.metrics, run.report, name=f"{run.name}/{run.run_id}", attempts=attempts)
+    write_run_report(controller.run_dir)
 
 
 if __name__ == "__main__":

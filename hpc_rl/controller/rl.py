@@ -21,6 +21,7 @@ from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
 from hpc_rl.controller.prompts import PromptSource, prompt_seed
 from hpc_rl.controller.pushes import Pushes
+from hpc_rl.controller.signal_watch import SignalWatch
 from hpc_rl.controller.state import read_state, write_state
 from hpc_rl.controller.window import PromptWindow
 from hpc_rl.recipe.extensions import registry
@@ -51,6 +52,7 @@ class RlController(Controller):
         self.awaiting: int | None = None  # this version is to be evaluated next
         self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
         self.prepared: PreparedStep | None = None
+        self.signal = SignalWatch()
         self.last_group = time.monotonic()
         self.idle_since: float | None = None
         self.stepped = time.monotonic()
@@ -280,6 +282,9 @@ class RlController(Controller):
         groups, drops, metrics = self.batch.pop(message.step)
         now = time.monotonic()
         metrics |= {**message.metrics, "time/train_s": message.seconds, "time/step_s": now - self.stepped}
+        if warning := self.signal.step(metrics):
+            LOG.warning("step %d: %s", message.step, warning)
+            self.events.append("no_signal", step=message.step)
         metrics["time/push_s"] = self.pushes.seconds  # the newest push, overlapped with generation
         metrics["rollout/tokens_per_s"] = metrics.get("rollout/tokens", 0.0) / max(now - self.stepped, 1e-9)
         self.stepped = now

@@ -45,6 +45,7 @@ from hpc_rl.supervisor.launchers import (
 )
 from hpc_rl.supervisor.redis import KeptRedis
 from hpc_rl.supervisor.signals import Signals
+from hpc_rl.telemetry.run_report import write_run_report
 
 # Without Slurm nobody else bounds how often a run resumes itself.
 LOCAL_RESUMES = 20
@@ -110,6 +111,7 @@ class Supervision:
         LOG.info(
             "attempt %d: %s (exit code %d) %s", attempt.attempt, outcome.reason, outcome.code, cause or ""
         )
+        self._report()
         return outcome
 
     def _loop(self, attempt: Attempt, events: EventLog) -> AttemptLoop:
@@ -140,6 +142,14 @@ class Supervision:
                 self.run, attempt, exit_code=EXIT_TERM, reason="cancelled", cause=None
             ),
         )
+
+    def _report(self) -> None:
+        """The report with the end of this attempt in it, if anything was measured."""
+        try:
+            if self.run.metrics.exists():
+                write_run_report(self.run)
+        except (OSError, ValueError) as error:  # a full disk must not change how the attempt ended
+            LOG.warning("report.html was not written: %s", error)
 
     def _launcher(self, attempt: int) -> Launcher:
         kind = LocalLauncher if self.allocation.job_id is None else SlurmLauncher

@@ -83,7 +83,9 @@ def render_report(
             ends = f"{html.escape(metric)}: {_short(points[0][1])} to {_short(points[-1][1])}"
             head = f"<h2>{html.escape(title)}</h2><small>{ends}</small>"
             figures.append(f"<figure>{head}{svg_curve(points)}</figure>")
-    parts = [f"<h1>{html.escape(name)}</h1>", _table([(k, str(v)) for k, v in facts.items()], numeric=False)]
+    parts = [f"<h1>{html.escape(name)}</h1>"]
+    if facts:
+        parts.append(_table([(key, str(value)) for key, value in facts.items()], numeric=False))
     parts.append(
         '<div class="grid">' + "".join(figures) + "</div>" if figures else "<p>No step was finished.</p>"
     )

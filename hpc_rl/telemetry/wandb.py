@@ -137,8 +137,9 @@ class WandbWriter:
         if self.mode == "online":
             self.link = run.url
         else:
-            # run.dir is <folder>/wandb/offline-run-…/files; `wandb sync` takes the folder above.
-            self.link = f"offline: wandb sync {Path(run.dir).parent}"
+            # run.dir is <folder>/wandb/offline-run-<time>-<id>/files. Each attempt has such a folder of the
+            # same W&B run, and all of them have to be synced.
+            self.link = f"offline: wandb sync {Path(run.dir).parent.parent}/offline-run-*-{identity}*"
         (self.folder / "link").write_text(f"{self.link}\n", encoding="utf-8")
         self._log.info("W&B: %s", self.link)
         return run

@@ -80,6 +80,9 @@ def make_model(folder: Path, seed: int, layers: int, hidden: int) -> int:
     """A Qwen3 with random weights in fp32; head_dim is 64 for vLLM's CPU attention. Returns its size."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one file of 2 MB
 
     torch.manual_seed(seed)
     config = Qwen3Config(

@@ -69,7 +69,9 @@ def test_sft_runs_to_its_end_and_the_export_loads(workspace: Path) -> None:
     final = run.root / "safetensors" / "final"
     AutoModelForCausalLM.from_pretrained(final)
     assert AutoTokenizer.from_pretrained(final).decode([32]) == "s"
-    assert (run.root / "report.html").is_file()
+    report = (run.root / "report.html").read_text()
+    assert "<td>done</td><td>0</td>" in report, "the attempt as it ended"
+    assert "None" not in report
 
 
 def test_sft_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
