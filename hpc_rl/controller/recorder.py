@@ -15,6 +15,7 @@ from hpc_rl.telemetry.console import job_comment, step_line
 from hpc_rl.telemetry.metrics import MetricsLog, read_metrics
 
 LOG = logging.getLogger("hpc_rl.controller")
+COMMENT_LIMIT_S = 5.0
 COMMENT_EVERY_S = 10.0
 
 
@@ -28,6 +29,7 @@ class Recorder:
         self._rows: dict[int, dict[str, float]] = {}
         self._held: set[int] = set()
         self._commented = 0.0
+        self._unshown: dict | None = None  # the newest row, if the comment is older
 
     @property
     def held_rows(self) -> dict[int, dict[str, float]]:
@@ -64,9 +66,12 @@ class Recorder:
         self._write()
 
     def close(self, wandb_s: float) -> None:
-        """End W&B, within `wandb_s` seconds and never with an error."""
+        """The last row into the job's comment; end W&B, within `wandb_s` seconds and never with an error."""
+        last = self._start_comment(self._unshown) if self._unshown is not None else None
         if self._wandb is not None:
             self._wandb.finish(wandb_s)
+        if last is not None:
+            last.join(min(COMMENT_LIMIT_S, wandb_s / 2))
 
     def _write(self) -> None:
         for step in sorted(self._rows):
@@ -79,9 +84,16 @@ class Recorder:
             self._show(row)
 
     def _show(self, row: dict) -> None:
-        if self._comment is None or time.monotonic() - self._commented < COMMENT_EVERY_S:
+        if self._comment is None:
             return
-        self._commented = time.monotonic()
-        text = job_comment(row, self.total)
-        # slurmctld can take seconds to answer; the step must not wait for it.
-        threading.Thread(target=self._comment, args=(text,), daemon=True).start()
+        if time.monotonic() - self._commented < COMMENT_EVERY_S:
+            self._unshown = row
+        else:
+            self._start_comment(row)
+
+    def _start_comment(self, row: dict) -> threading.Thread:
+        """In a thread: slurmctld can take seconds to answer, and the step must not wait for it."""
+        self._commented, self._unshown = time.monotonic(), None
+        thread = threading.Thread(target=self._comment, args=(job_comment(row, self.total),), daemon=True)
+        thread.start()
+        return thread
