@@ -17,6 +17,7 @@ from hpc_rl.bus import messages as m
 from hpc_rl.controller.base import Controller
 from hpc_rl.controller.batch import BatchOptions, PreparedStep
 from hpc_rl.controller.evaluation import Evaluator
+from hpc_rl.controller.evaluation_turn import EvaluationTurn
 from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
 from hpc_rl.controller.prompts import PromptSource, prompt_seed
@@ -49,7 +50,6 @@ class RlController(Controller):
             to_replica=lambda index, message: role.bus.send(m.inbox("rollout", index), message),
             timeout_s=self.rollout.weights.timeout_s,
         )
-        self.awaiting: int | None = None  # this version is to be evaluated next
         self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
         self.prepared: PreparedStep | None = None
         self.signal = SignalWatch()
@@ -82,16 +82,9 @@ class RlController(Controller):
         if step > 0:
             folder = self.run_dir.checkpoint(step) / "controller"
             read_state(folder, step, self.window, self.source, self.evaluator, self.recorder)
+        self.turn = EvaluationTurn(self.evaluator, self.recorder, self.members, self.pushes, self.events)
         if self.evaluator.due(step, self.total_steps):
-            self._await_evaluation(step)
-
-    def _await_evaluation(self, step: int) -> None:
-        """Hold the row of `step` back, and the next step too until the replicas were sent version `step`."""
-        assert self.recorder is not None
-        if self.recorder.written(step):
-            return
-        self.recorder.hold(step)
-        self.awaiting = step
+            self.turn.expect(step)
 
     def _make_evaluator(self, base: Path) -> Evaluator:
         spec = self.recipe.data.eval
@@ -165,7 +158,9 @@ class RlController(Controller):
     # --- decisions --------------------------------------------------------------------------------
     def advance(self) -> None:
         self._accept_first_weights()
-        self._begin_evaluation()
+        self.turn.give_up_if_lost(self.commanded)
+        if not self.ending_early():
+            self.turn.begin_if_ready()
         self._push_if_useful()
         self._train_if_ready()  # before the prompts: the policy waits for it
         self._hand_out()
@@ -187,8 +182,8 @@ class RlController(Controller):
         policy_idle = self.step == self.commanded
         if self.pushes.under_way is not None or not policy_idle or self.ending_early():
             return
-        needed = self.step < self.total_steps or self.awaiting == self.step
-        if self.evaluator.current is None and needed and (behind := self.pushes.behind(self.step)):
+        needed = self.step < self.total_steps or self.turn.version == self.step
+        if self.turn.allows_push(self.step) and needed and (behind := self.pushes.behind(self.step)):
             self.pushes.begin(self.step, behind)
 
     def _hand_out(self) -> None:
@@ -209,14 +204,6 @@ class RlController(Controller):
             if not loaded:
                 self.last_group = time.monotonic()  # the clock of `_check_generation` starts now
             self.role.bus.send(m.inbox("rollout", replica.index), request)
-
-    def _begin_evaluation(self) -> None:
-        """Once every live replica has exactly the version that is to be evaluated."""
-        if self.awaiting is None or self.pushes.under_way is not None or self.ending_early():
-            return
-        if {r.version for r in self.members.replicas.values() if r.state == "live"} == {self.awaiting}:
-            self.evaluator.begin(self.awaiting)
-            self.awaiting = None
 
     def _least_loaded(self) -> Replica | None:
         """The live replica with the fewest prompt groups in flight, if it has room; newest weights first."""
@@ -270,12 +257,11 @@ class RlController(Controller):
 
     def _must_push_first(self) -> bool:
         """Someone waits for just these weights: an evaluation, or a replica that has none yet."""
-        if self.pushes.under_way is not None:
+        if self.turn.must_be_sent(self.step):
+            return True  # whatever is under way: after the next step nobody could send them any more
+        if self.pushes.under_way is not None or not self.turn.allows_push(self.step):
             return False
-        if self.awaiting is not None:
-            return self.awaiting == self.step > self.pushes.newest
-        waiting = any(r.state == "loaded" for r in self.members.replicas.values())
-        return waiting and self.evaluator.current is None
+        return any(r.state == "loaded" for r in self.members.replicas.values())
 
     def step_done(self, message: m.StepDone) -> None:
         assert self.recorder is not None
@@ -298,17 +284,13 @@ class RlController(Controller):
             versions=sorted({s.version for g in groups for t in g.trajectories for s in t.spans}),
         )
         if self.evaluator.due(message.step, self.total_steps):
-            if self._evaluator_free():
-                self._await_evaluation(message.step)
+            if self.turn.free:
+                self.turn.expect(message.step)
             elif message.step == self.total_steps:
                 self.recorder.hold(message.step)  # `settled` awaits it when the running one is done
         self.recorder.step(message.step, metrics)
         if self.saves.due(message.step, final=message.step == self.total_steps):
             self.saves.save(message.step)
-
-    def _evaluator_free(self) -> bool:
-        """An evaluation that is still running makes the next one fall out, except the last."""
-        return self.evaluator.current is None and self.awaiting is None
 
     def _check_generation(self) -> None:
         """Prompts in flight that never come back end the attempt, with the replicas named."""
@@ -328,9 +310,9 @@ class RlController(Controller):
 
     def settled(self) -> bool:
         """The last version has been evaluated (if it is to be)."""
-        if self._evaluator_free() and self.evaluator.due(self.step, self.total_steps):
-            self._await_evaluation(self.step)
-        return self._evaluator_free()
+        if self.turn.free and self.evaluator.due(self.step, self.total_steps):
+            self.turn.expect(self.step)
+        return self.turn.free
 
     def tick(self) -> None:
         super().tick()
