@@ -3,7 +3,7 @@
     model.<parameter or buffer>    optim.<parameter>.<exp_avg | exp_avg_sq | step>
     step    rng_<rank>    rng_cuda_<rank>
 
-Tensors only; learning rates and the like come from the recipe, so that `resume` may change them.
+Tensors only; learning rates and the like come from the recipe and the step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hpc_rl.checkpoint.loader import load_into
+from hpc_rl.checkpoint.loader import load_into, tensors_of
 from hpc_rl.policy.optimizer import create_state
 
 
@@ -43,10 +43,27 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, r
     """
     create_state(optimizer)
     state = training_state(module, optimizer, 0, rank)
-    own = frozenset(name for name in state if name.startswith("rng_"))
-    loaded = load_into(folder, state, optional=own)
+    optional = frozenset(name for name in state if name.startswith("rng_"))
+    optional |= _without_state(module, optimizer, folder)
+    loaded = load_into(folder, state, optional=optional)
     if f"rng_{rank}" in loaded:
         torch.set_rng_state(state[f"rng_{rank}"])
     if f"rng_cuda_{rank}" in loaded:
         torch.cuda.set_rng_state(state[f"rng_cuda_{rank}"])
     return int(state["step"].item())
+
+
+def _without_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> frozenset[str]:
+    """Forget the fresh optimizer state of parameters that have none in `folder`; its names.
+
+    The optimizer makes state at a parameter's first gradient. Some never get one: a vision tower that
+    trains on text alone, an expert that no token went to.
+    """
+    saved = {name.rpartition(".")[0] for name in tensors_of(folder) if name.startswith("optim.")}
+    forgotten: set[str] = set()
+    if not saved:
+        return frozenset()  # no state at all is no accident of the data: the load below says what lacks
+    for name, parameter in module.named_parameters():
+        if f"optim.{name}" not in saved:
+            forgotten |= {f"optim.{name}.{key}" for key in optimizer.state.pop(parameter, {})}
+    return frozenset(forgotten)
