@@ -110,7 +110,8 @@ class TrainStep(_Message):
 
     All ranks get the same number of micro-batches (an empty one still takes part in collectives).
     `denominator` is the loss denominator over all ranks and micro-batches, counted after all masks
-    (tokens for token-mean). For SFT `micro_batches` is empty and the policy draws its own data.
+    (tokens for token-mean); 0 in RL: nothing can be trained on, the step counts and changes nothing.
+    For SFT `micro_batches` is empty and the policy draws its own data.
     """
 
     step: int

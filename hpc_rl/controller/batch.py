@@ -30,10 +30,12 @@ class BatchOptions:
 
 
 def to_sample(trajectory: Trajectory, advantage: float) -> TrainSample:
-    """Prompt + answer as one sequence; tokens with a non-finite sampler log-prob leave the mask."""
+    """Prompt + answer as one sequence. Tokens with a non-finite sampler log-prob leave the mask, and so do
+    all tokens of an answer that could not be scored (reward NaN)."""
     before = len(trajectory.prompt_ids)
     mask = trajectory.loss_mask or [1] * len(trajectory.token_ids)
-    mask = [int(m and math.isfinite(lp)) for m, lp in zip(mask, trajectory.log_probs, strict=True)]
+    scored = not math.isnan(trajectory.reward)
+    mask = [int(m and scored and math.isfinite(lp)) for m, lp in zip(mask, trajectory.log_probs, strict=True)]
     log_probs = [lp if m else 0.0 for m, lp in zip(mask, trajectory.log_probs, strict=True)]
     return TrainSample(
         ordinal=trajectory.ordinal,
@@ -69,14 +71,12 @@ def loss_denominator(samples: list[TrainSample], aggregation: str) -> float:
 def train_steps(step: int, samples: list[TrainSample], options: BatchOptions) -> list[TrainStep]:
     """One `TrainStep` per policy rank, with equal numbers of micro-batches.
 
-    Raises ValueError when no token of the whole step can be trained on.
+    A step without a single token to train on (all its prompts dropped, all answers empty or unscored) has
+    no micro-batches and denominator 0: the policy counts it and changes nothing.
     """
     denominator = loss_denominator(samples, options.aggregation)
     if denominator == 0:
-        raise ValueError(
-            f"step {step}: no token of {len(samples)} trajectories can be trained on "
-            "(all answers empty, masked, or without finite log-probs)"
-        )
+        return [TrainStep(step) for _ in range(options.data_parallel * options.ranks_per_replica)]
     lengths = [len(sample.token_ids) for sample in samples]
     if options.micro_batch_size is not None:
         plan = pack_fixed(lengths, options.micro_batch_size, options.data_parallel)
@@ -100,6 +100,10 @@ class PreparedStep:
     step: int
     commands: list[TrainStep]
     metrics: dict[str, float]
+
+    @property
+    def empty(self) -> bool:
+        return self.commands[0].denominator == 0
 
     @classmethod
     def of(cls, step: int, groups: list[PromptGroup], options: BatchOptions) -> PreparedStep:

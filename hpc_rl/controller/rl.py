@@ -32,6 +32,7 @@ from hpc_rl.types import PromptGroup, Sampling
 
 LOG = logging.getLogger("hpc_rl.controller")
 GENERATE_LIMIT_S = 1800.0
+EMPTY_STEPS_LIMIT = 10
 
 
 class RlController(Controller):
@@ -53,6 +54,7 @@ class RlController(Controller):
         self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
         self.prepared: PreparedStep | None = None
         self.signal = SignalWatch()
+        self.empty_steps = 0  # in a row
         self.last_group = time.monotonic()
         self.idle_since: float | None = None
         self.stepped = time.monotonic()
@@ -248,12 +250,26 @@ class RlController(Controller):
         for rank, command in enumerate(ready.commands):
             self.role.bus.send(m.inbox("policy", rank), command)
         groups, drops = self.window.take(ready.step)
+        self._check_empty(ready, drops)
         waited = time.monotonic() - self.idle_since if self.idle_since else 0.0
         metrics = {**ready.metrics, "time/policy_wait_s": waited}
         metrics["rollout/dropped"] = float(len(drops))
         metrics["rollout/in_flight"] = float(len(self.window.in_flight))
         self.batch[ready.step] = (groups, drops, metrics)
         self.commanded, self.idle_since, self.last_progress = ready.step, None, time.monotonic()
+
+    def _check_empty(self, ready: PreparedStep, drops: dict[int, str]) -> None:
+        """One step without a token to train on is bad luck; several in a row are a mistake somewhere."""
+        self.empty_steps = self.empty_steps + 1 if ready.empty else 0
+        if not ready.empty:
+            return
+        reasons = (
+            "; ".join(sorted(set(drops.values()))[:3]) or "all answers empty, unscored or without log-probs"
+        )
+        self.events.append("step_skipped", step=ready.step, dropped=len(drops), reasons=reasons)
+        LOG.warning("step %d has nothing to train on and changes no weight: %s", ready.step, reasons)
+        if self.empty_steps == EMPTY_STEPS_LIMIT:
+            raise AttemptFailed(f"{EMPTY_STEPS_LIMIT} steps in a row had nothing to train on: {reasons}")
 
     def _must_push_first(self) -> bool:
         """Someone waits for just these weights: an evaluation, or a replica that has none yet."""

@@ -120,6 +120,9 @@ class Fsdp2Trainer:
         else:
             micro_batches = [micro_batch.samples for micro_batch in command.micro_batches]
             denominator = command.denominator
+            if denominator == 0:  # nothing to train on, on any rank: not even momentum may move the weights
+                self.step = command.step
+                return {"train/skipped": 1.0}
         rate = learning_rate(self.recipe.policy.optimizer, command.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -75,10 +75,19 @@ def test_a_group_without_variance_has_no_advantage() -> None:
     assert mixed[0].advantages[-1] > 0 > mixed[1].advantages[-1]
 
 
-def test_a_step_with_nothing_to_train_on_is_an_error_that_says_so() -> None:
+def test_a_step_with_nothing_to_train_on_goes_to_every_rank_empty() -> None:
     samples = [to_sample(trajectory(0, 0, 2, log_probs=[math.nan, math.nan]), 1.0)]
-    with pytest.raises(ValueError, match="step 3: no token of 1 trajectories"):
-        train_steps(3, samples, options())
+    for commands in (train_steps(3, samples, options()), train_steps(3, [], options())):
+        assert len(commands) == options().data_parallel * options().ranks_per_replica
+        assert all((c.step, c.micro_batches, c.denominator) == (3, [], 0.0) for c in commands)
+
+
+def test_an_answer_without_a_score_is_not_in_the_loss() -> None:
+    groups = [group(0, [1.0, math.nan, 0.0])]
+    samples = make_samples(groups, True)
+    assert [any(sample.loss_mask) for sample in samples] == [True, False, True]
+    scored = [sample for i, sample in enumerate(samples) if i != 1]
+    assert loss_denominator(samples, "token_mean") == loss_denominator(scored, "token_mean")
 
 
 @settings(max_examples=60, deadline=None)

@@ -119,3 +119,15 @@ def test_commands_out_of_order_are_refused(tiny_model: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="checkpoint of step 4"):
         trainer.stage_checkpoint(4, tmp_path, sync=True)
     trainer.close()
+
+
+def test_a_step_without_tokens_counts_and_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """Not even by momentum or weight decay."""
+    trainer = make_trainer(tmp_path, tiny_model)
+    trainer.train_step(step_of(1, make_samples(sample(trainer, 1.0))[0]))
+    before = [parameter.detach().clone() for parameter in trainer.model.module.parameters()]
+    assert trainer.train_step(TrainStep(2)) == {"train/skipped": 1.0}
+    assert trainer.step == 2
+    after = trainer.model.module.parameters()
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    trainer.close()
