@@ -17,7 +17,7 @@ from hpc_rl.cli._jobs import JobState, ask_jobs
 from hpc_rl.cli._tail import last_lines
 from hpc_rl.cluster.local.start import local_state
 from hpc_rl.run.attempts import Attempt, JobRecord, latest_job, read_attempts
-from hpc_rl.run.events import first_cause, read_events
+from hpc_rl.run.events import first_cause, lost_cause, read_events
 from hpc_rl.run.lock import live_holder
 from hpc_rl.run.paths import RunDir
 from hpc_rl.telemetry.metrics import latest, surviving, tail_rows
@@ -88,7 +88,7 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
         step=rows[-1]["step"] if rows else run.latest_complete(),
         total_steps=total_steps(run, events, since=job.submitted if job else 0.0),
         attempt=number,
-        first_cause=_cause(run, attempts, state),
+        first_cause=_cause(run, attempts, state, view),
         reason=reason,
         placement=job.placement if job else "",
         submitted=job.submitted if job else None,
@@ -161,7 +161,7 @@ def _ended_without_slurm(
     return "PENDING", "Slurm cannot be asked from here, and no attempt has started"
 
 
-def _cause(run: RunDir, attempts: Sequence[Attempt], state: str) -> str | None:
+def _cause(run: RunDir, attempts: Sequence[Attempt], state: str, view: JobState | None) -> str | None:
     if state == "COMPLETED":
         return None
     if not attempts:
@@ -169,10 +169,27 @@ def _cause(run: RunDir, attempts: Sequence[Attempt], state: str) -> str | None:
     last = attempts[-1]
     if last.first_cause:
         return last.first_cause
+    if state == "FAILED" and last.end is None:
+        return str(lost_cause(run, last.attempt)) + slurm_words(view)
     if state == "FAILED" or last.end is not None:
         cause = first_cause(run, last.attempt)
         return str(cause) if cause else None
     return None
+
+
+def slurm_words(view: JobState | None) -> str:
+    """What Slurm itself says of a job that failed (NODE_FAIL, OUT_OF_MEMORY, exit 0:9); "" if nothing."""
+    if view is None:
+        return ""
+    said: list[str] = []
+    for part in view.components:
+        if part.state != "FAILED":
+            continue
+        parts = [part.slurm_state]
+        parts += [part.reason] if part.reason not in ("", "None") else []
+        parts += [f"exit {part.exit_code}"] if part.exit_code not in ("", "0:0") else []
+        said.append(" ".join(parts))
+    return f"; Slurm says {', '.join(dict.fromkeys(said))}" if said else ""
 
 
 def _last_words(run: RunDir) -> str | None:

@@ -109,14 +109,14 @@ class RoleProcess:
 
     @contextmanager
     def within(self, name: str, limit_s: float | None = None) -> Iterator[None]:
-        """`phase(name)` for a block; afterwards the earlier phase goes on.
+        """`phase(name)` for a block; afterwards the earlier phase starts anew.
 
         After an exception it stays, so that the cause names what was being done.
         """
         before = self._phase
         self._phase = Phase(name, limit_s)
         yield
-        self._phase = before
+        self._phase = Phase(before.name, before.limit_s)  # its time is that since the block
 
     # --- life --------------------------------------------------------------------------------------
     def __enter__(self) -> Self:

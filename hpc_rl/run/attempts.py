@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_rl.run import jsonl
-from hpc_rl.run.events import first_cause
+from hpc_rl.run.events import lost_cause
 from hpc_rl.run.paths import RunDir, RunError
 
 
@@ -55,8 +55,7 @@ def open_attempt(
     earlier = read_attempts(run)
     for attempt in earlier:
         if attempt.end is None:
-            cause = first_cause(run, attempt.attempt)
-            words = str(cause) if cause else "the supervisor ended without a word (node loss or SIGKILL)"
+            words = str(lost_cause(run, attempt.attempt))
             close_attempt(run, attempt, exit_code=None, reason="lost", cause=words)
         elif attempt.reason == "cancelled" and attempt.job_id == job_id and job_id is not None:
             # scancel, requeue and preemption look alike to the job; that it runs again tells.

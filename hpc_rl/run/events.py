@@ -28,7 +28,9 @@ _ECHOES = (
     "socket timeout",
     "nccl",
     "buslost",
+    "the parent process",  # an orphan of a killed supervisor; `roles/heartbeat.py` words it
 )
+SILENT_END = "ended without a word (SIGKILL or node loss)"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,19 @@ def first_cause(run: RunDir, attempt: int) -> Cause | None:
     for cause in all_causes:
         if cause.time > all_causes[0].time + ECHO_WINDOW_S:
             break
-        if not any(echo in cause.cause.lower() for echo in _ECHOES):
+        if not _is_echo(cause):
             return cause
     return all_causes[0]
+
+
+def lost_cause(run: RunDir, attempt: int) -> Cause:
+    """The first cause of an attempt that nobody closed: the supervisor's death, or what came before it.
+
+    A lost replica does not end a supervisor, and the echoes are those of its own death.
+    """
+    better = [cause for cause in causes(run, attempt) if cause.role != "rollout" and not _is_echo(cause)]
+    return better[0] if better else Cause(time.time(), "supervisor", 0, SILENT_END)
+
+
+def _is_echo(cause: Cause) -> bool:
+    return any(echo in cause.cause.lower() for echo in _ECHOES)

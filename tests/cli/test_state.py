@@ -105,6 +105,26 @@ def test_status_of_a_failed_run_needs_only_its_directory(run: RunDir) -> None:
     assert status.as_json()["run_dir"] == str(run.root)
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "said"),
+    [
+        ("NODE_FAIL", "NodeDown", "; Slurm says NODE_FAIL NodeDown"),
+        ("FAILED", "RaisedSignal:9(Killed)", "; Slurm says FAILED RaisedSignal:9(Killed)"),
+        (None, "", ""),  # purged from Slurm's memory
+    ],
+)
+def test_a_killed_supervisor_is_named(run: RunDir, state: str | None, reason: str, said: str) -> None:
+    record_job(run, "7", "het")
+    open_attempt(run, job_id="7")
+    run.open_logs(1)
+    write_cause(run, 1, Cause(time.time(), "rollout", 0, "the parent process 24088 is gone", phase="idle"))
+    part = Component("7", 0, "x:policy", state or "", "FAILED", reason)
+    views = {"7": JobState("7", "FAILED", (part,), "squeue")} if state else {}
+    status = run_status(run, views=views)
+    assert status.state == "FAILED"
+    assert status.first_cause == f"supervisor: ended without a word (SIGKILL or node loss){said}"
+
+
 def test_steps_that_were_rolled_back_are_not_shown(run: RunDir) -> None:
     record_job(run, None, "local", pid=1)
     MetricsLog(run.metrics, 1).append(9, {"train/loss": 0.5})

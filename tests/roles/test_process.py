@@ -20,6 +20,7 @@ from hpc_rl.bus.server import RedisServer
 from hpc_rl.plan.schema import Group, Mesh, Plan
 from hpc_rl.recipe.dump import dump_resolved
 from hpc_rl.recipe.schema import Recipe
+from hpc_rl.roles import RoleProcess
 from hpc_rl.run.paths import RunDir
 from hpc_rl.run.process import start_ticks
 from hpc_rl.run.secrets import store_secrets
@@ -155,6 +156,17 @@ with process.within("save"):
     assert abs(beat["time"] - time.time()) < 10
     bus.send(m.inbox("policy", 2), m.Stop("done"))
     assert role.wait(10) == 5
+
+
+def test_the_phase_after_a_block_starts_anew(run: RunDir) -> None:
+    process = RoleProcess(run, "policy", 0, 1)
+    process.phase("idle", limit_s=60)
+    start = process._payload()["phase_since"]
+    with process.within("step"):
+        time.sleep(0.02)
+    beat = process._payload()
+    assert (beat["phase"], beat["limit_s"]) == ("idle", 60)
+    assert beat["phase_since"] >= start + 0.02
 
 
 def test_a_later_incarnation_does_not_read_what_was_not_for_it(bus: Bus, launch: Launch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from hpc_rl.run import jsonl
 from hpc_rl.run.attempts import close_attempt, open_attempt, read_attempts
-from hpc_rl.run.events import Cause, EventLog, causes, clear_cause, first_cause, write_cause
+from hpc_rl.run.events import Cause, EventLog, causes, clear_cause, first_cause, lost_cause, write_cause
 from hpc_rl.run.ledger import PromptLedger, count_prompts
 from hpc_rl.run.paths import RunDir, RunError
 from hpc_rl.run.secrets import load_into_environ, mask, store_secrets
@@ -87,6 +87,21 @@ def test_echoes_of_a_death_are_no_cause(run: RunDir) -> None:
     write_cause(run, 1, cause(200.0, "policy", "RuntimeError: Connection closed by peer [127.0.0.1]:1", 0))
     write_cause(run, 1, cause(200.5, "policy", "MemoryError: cannot allocate", 1))
     assert first_cause(run, 1) == cause(200.5, "policy", "MemoryError: cannot allocate", 1)
+
+
+def test_an_orphan_does_not_name_the_death_of_its_supervisor(run: RunDir) -> None:
+    EventLog(run, 1).failure("rollout", "ended with signal 9 (SIGKILL)", index=1)  # survived, long ago
+    write_cause(run, 1, cause(200.0, "rollout", "the parent process 24088 is gone"))
+    write_cause(run, 1, cause(200.1, "policy", "BusLost: Redis at 127.0.0.1:1 does not answer"))
+    assert str(lost_cause(run, 1)) == "supervisor: ended without a word (SIGKILL or node loss)"
+    write_cause(run, 1, cause(199.0, "controller", "OSError: disk full"))
+    assert str(lost_cause(run, 1)) == "controller (step): OSError: disk full"
+
+
+def test_an_orphan_is_an_echo(run: RunDir) -> None:
+    write_cause(run, 1, cause(200.0, "rollout", "the parent process 24088 is gone"))
+    write_cause(run, 1, cause(200.5, "policy", "MemoryError: cannot allocate"))
+    assert str(first_cause(run, 1)) == "policy 0 (step): MemoryError: cannot allocate"
 
 
 def test_an_echo_alone_is_better_than_nothing(run: RunDir) -> None:
