@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hpc_rl.recipe.schema import NonNegative, Positive, Section
 
@@ -32,6 +32,16 @@ class GrpoConfig(Section):
     correction: Correction = Correction()
     loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     normalize_std: bool = True
+
+    @field_validator("top_p")
+    @classmethod
+    def _whole_vocabulary(cls, value: float) -> float:
+        if value != 1.0:
+            raise ValueError(
+                "must be 1.0: engines renormalise log-probs within the nucleus and the trainer does not, so "
+                "that every ratio would be off by the mass of the nucleus"
+            )
+        return value
 
     @model_validator(mode="after")
     def _correction_fits_proximal(self) -> GrpoConfig:

@@ -82,6 +82,52 @@ def test_no_gradient_leaks_between_packed_sequences(family: str, tmp_path: Path)
     assert (grad[10:] == 0).all()
 
 
+def test_chunked_attention_is_refused(tmp_path: Path) -> None:
+    """Its chunks would be counted from the start of the row, and ours has none."""
+    config = T.Llama4TextConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, intermediate_size_mlp=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_local_experts=2,
+        attention_chunk_size=8, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
+        pad_token_id=0,
+    )  # fmt: skip
+    T.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="llama4_text has chunked_attention layers"):
+        build_one(tmp_path)
+
+
+def test_rotary_embeddings_that_depend_on_the_row_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32,
+        "original_max_position_embeddings": 128, "factor": 4.0, "partial_rotary_factor": 1.0,
+    }  # fmt: skip
+    folder = save_model(tmp_path / "phi3", "phi3", rope_parameters=rope, original_max_position_embeddings=128)
+    build_one(folder)
+    assert "keep every sequence at 128 tokens or less" in caplog.text
+
+
+def test_fp32_buffers_leave_as_fp32(tmp_path: Path) -> None:
+    """The bias of DeepSeek-V3's router decides between experts whose scores are close."""
+    config = T.DeepseekV3Config(
+        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16,
+        qk_nope_head_dim=16, v_head_dim=32, max_position_embeddings=128,
+    )  # fmt: skip
+    model = T.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, buffer in model.named_buffers():
+        if "correction_bias" in name:
+            buffer.copy_(torch.randn_like(buffer))
+    model.save_pretrained(tmp_path)
+    in_file = load_file(tmp_path / "model.safetensors")
+    ours = build(Model(path=str(tmp_path), dtype="bfloat16"), ONE)
+    sent = {name: value for bucket in ours.buckets(1 << 30) for name, value in bucket}
+    (bias,) = [name for name in sent if "correction_bias" in name]
+    assert torch.equal(sent[bias], in_file[bias])
+    assert sent["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
 def test_a_leak_that_transformers_does_not_prevent_is_found(tmp_path: Path) -> None:
     folder = save_model(tmp_path, "gpt_oss")
     with pytest.raises(ModelError, match=r"leak into each other in GptOssForCausalLM.* eager"):

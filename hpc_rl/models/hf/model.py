@@ -19,7 +19,7 @@ from hpc_rl.models.hf.sharding import layers, needs_sharding, shard
 from hpc_rl.recipe.schema import Model
 
 LOG = logging.getLogger("hpc_rl.models")
-PACKABLE = {"full_attention", "sliding_attention", "chunked_attention"}
+PACKABLE = {"full_attention", "sliding_attention"}
 
 
 class HfModel:
@@ -94,11 +94,14 @@ class HfModel:
 
     @torch.no_grad()
     def gather(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full tensors of `unit` (by name in memory) in the file's dtype. A collective when sharded."""
+        """Full tensors of `unit` (by name in memory) in the file's dtype. A collective when sharded.
+
+        Buffers stay as they are: those in a file (a router's fp32 bias) are fp32 because it matters.
+        """
         full = {}
         for name, parameter in unit.items():
             value = parameter.detach()
-            if value.is_floating_point():
+            if value.is_floating_point() and isinstance(parameter, torch.nn.Parameter):
                 value = value.to(self.file_dtype)
             full[name] = value.full_tensor() if isinstance(value, DTensor) else value
         return full
@@ -175,12 +178,24 @@ def _on_meta(folder: Path, spec: Model) -> Any:
 
 
 def _check_packable(config: Any) -> None:
-    """A recurrent layer would carry its state from one packed sequence into the next."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    """A recurrent layer would carry its state from one packed sequence into the next, and chunks of
+    attention would be counted from the start of the row. Raises ModelError."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or [])
     if kinds - PACKABLE:
         raise ModelError(
             f"{config.model_type} has {', '.join(sorted(kinds - PACKABLE))} layers, "
             "which leak between packed sequences; it cannot be trained yet"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        limit = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+        LOG.warning(
+            "%s: rotary embeddings of type %s depend on the longest sequence of a row: keep every sequence "
+            "at %d tokens or less, or its neighbours' log-probs change with it",
+            config.model_type,
+            rope["rope_type"],
+            limit,
         )
 
 
