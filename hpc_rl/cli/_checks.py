@@ -13,7 +13,10 @@ from hpc_rl.cluster.findings import Finding
 
 def findings_of(prepared: Prepared, *, here: bool = False) -> list[Finding]:
     """Everything that was looked at, errors first. `here`: no job is submitted, so Slurm is not asked."""
-    findings = preflight(prepared.loaded, prepared.site, prepared.plan, prepared.recipe)
+    plan = prepared.plan
+    if here:  # the ladder asks of a run without a job what holds in an allocation too: no partitions
+        plan = plan.model_copy(update={"placement": "local"})
+    findings = preflight(prepared.loaded, prepared.site, plan, prepared.recipe)
     if prepared.plan.placement in ("het", "shared") and not here and not errors(findings):
         findings = [_slurm_opinion(prepared), *findings]
     return findings

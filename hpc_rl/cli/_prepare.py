@@ -36,15 +36,21 @@ class Prepared:
 
 
 def prepare(
-    path: str | Path, overrides: Sequence[str], *, site: str | None = None, profile: Site | None = None
+    path: str | Path,
+    overrides: Sequence[str],
+    *,
+    site: str | None = None,
+    profile: Site | None = None,
+    here: bool = False,
 ) -> Prepared:
-    """Load and plan; nothing is written. `profile` replaces the lookup of the site by name.
+    """Load and plan; nothing is written. `profile` replaces the lookup of the site by name; `here`: for
+    the allocation that we are in.
 
     Raises RecipeError with everything that is wrong, each with file, line and key.
     """
     loaded = load_recipe(path, with_site(overrides, site))
     chosen = profile or site_of(loaded)
-    plan = make_plan(loaded, chosen)
+    plan = make_plan(loaded, chosen, here=here)
     return Prepared(loaded, chosen, plan, resolve_recipe(loaded, chosen, plan))
 
 

@@ -128,7 +128,8 @@ def check_allocation(prepared: Prepared, environ: Mapping[str, str] | None = Non
                     f"component {group.component} ({group.role}) has {have} nodes, not {group.nodes}"
                 )
         return
-    have, nodes = int(environ.get("SLURM_JOB_NUM_NODES") or 1), max(group.nodes for group in groups)
+    have = int(environ.get("SLURM_JOB_NUM_NODES") or 1)
+    nodes = max(group.first_node + group.nodes for group in groups)
     if have < nodes:
         raise UserError(f"the allocation has {have} nodes, the plan needs {nodes}: {_wanted(prepared)}")
 

@@ -70,7 +70,7 @@ def _follow(run: RunDir, folder: Path, role: str | None, attempt: int | None, fo
     from hpc_rl.cli._state import ENDED, run_status
     from hpc_rl.cli._tail import log_files
 
-    asked, ended = 0.0, False
+    asked, ended, told = -STATE_EVERY_S, False, False
     while True:
         latest = run.logs / "latest"
         current = folder if attempt or not latest.is_dir() else latest.resolve()
@@ -84,6 +84,10 @@ def _follow(run: RunDir, folder: Path, role: str | None, attempt: int | None, fo
         if ended and quiet:
             return
         if time.monotonic() - asked > STATE_EVERY_S:
-            asked, ended = time.monotonic(), run_status(run, live=False).state in ENDED
+            status = run_status(run, live=False)
+            asked, ended = time.monotonic(), status.state in ENDED
+            if status.state == "PENDING" and not told:  # a queue may take days: silence looks like a fault
+                told = True
+                note(f"waiting for the job to start ({status.reason or status.state})")
         if quiet and not ended:
             time.sleep(POLL_S)

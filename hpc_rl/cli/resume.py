@@ -48,7 +48,7 @@ def resume(
     changed = list(overrides or [])
     if here:
         changed.append(f"cluster.placement={allocation_placement()}")
-    prepared, differences = prepare_resume(found, changed)
+    prepared, differences = prepare_resume(found, changed, here=here)
     refuse_finished(found, status, prepared)
     if here:
         check_allocation(prepared)
@@ -73,11 +73,14 @@ def refuse_live(run: RunDir, status: RunStatus) -> None:
         who = f"job {status.job_id}" if status.job_id else str(holder or "its supervisor")
         state = status.state if holder is None else "RUNNING"
         raise UserError(
-            f"{run.root} is {state} ({who}): nothing to resume. To start it anew: hpc-rl cancel {run.root}"
+            f"{run.root} is {state} ({who}) and goes on by itself. To start it anew from its newest "
+            f"checkpoint: `hpc-rl cancel {run.root}` first (--save: with a checkpoint of now), then resume"
         )
 
 
-def prepare_resume(run: RunDir, overrides: list[str]) -> tuple[Prepared, dict[str, tuple[Any, Any]]]:
+def prepare_resume(
+    run: RunDir, overrides: list[str], *, here: bool = False
+) -> tuple[Prepared, dict[str, tuple[Any, Any]]]:
     """The run's settings with `overrides`, and what they change. Raises UserError with the table."""
     from hpc_rl.cli._prepare import prepare
     from hpc_rl.cli._resume_keys import changes, may_change, table_text
@@ -96,7 +99,7 @@ def prepare_resume(run: RunDir, overrides: list[str]) -> tuple[Prepared, dict[st
                 f"{run.plan} is missing or damaged, so the site of the run is not known "
                 f"({str(error).splitlines()[0]}); name it: cluster.site=NAME"
             ) from error
-    prepared = prepare(run.resolved, overrides, profile=profile)
+    prepared = prepare(run.resolved, overrides, profile=profile, here=here)
     differences = changes(old.model_dump(mode="json"), prepared.recipe.model_dump(mode="json"))
     refused = [key for key in differences if not may_change(key)]
     if refused:

@@ -39,13 +39,13 @@ def submit(
 
         changed.append(f"cluster.placement={allocation_placement()}")
     if dry_run:
-        _dry_run(recipe, changed, site, as_json)
+        _dry_run(recipe, changed, site, as_json, here)
         return
     from hpc_rl.cli._checks import require_checks
     from hpc_rl.cli._prepare import create_run, discard, prepare
     from hpc_rl.cli._start import check_allocation, start
 
-    prepared = prepare(recipe, changed, site=site)
+    prepared = prepare(recipe, changed, site=site, here=here)
     if here:
         check_allocation(prepared)
     require_checks(prepared, here=here)
@@ -78,7 +78,7 @@ def tell(run: RunDir, started: Started, missing: list[str], as_json: bool) -> No
     print(f"job:     {started.job_id or f'none (local, process {started.pid})'}", flush=True)
 
 
-def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool) -> None:
+def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool, here: bool) -> None:
     """Plan, resolved recipe and script on stdout, no job; then what is wrong with the files, on stderr."""
     if not as_json:
         print(f"# dry run of {recipe}: nothing is written or submitted", flush=True)
@@ -87,7 +87,7 @@ def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool)
     from hpc_rl.cli._prepare import prepare
     from hpc_rl.cli.errors import EXIT_USER_ERROR
 
-    prepared = prepare(recipe, overrides, site=site)
+    prepared = prepare(recipe, overrides, site=site, here=here)
     run_dir = _future_run(prepared)
     if not as_json:
         _print_dry_run(prepared, run_dir)

@@ -39,6 +39,7 @@ class Sizer:
     loaded: LoadedRecipe
     site: Site
     placement: Placement
+    here: bool = False  # inside an allocation that exists: what was asked of Slurm is settled
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -67,6 +68,10 @@ class Sizer:
             self._localise(groups)
         self._fill_cpus(groups)
         return groups
+
+    def _partition(self, role: Role, options: GroupOptions) -> str | None:
+        """The recipe's or the site's; an allocation that exists lies where it lies."""
+        return None if self.here else options.partition or self.site.partitions.get(role)
 
     def _bad(self, message: str, *path: str | int) -> None:
         self.problems.append(self.loaded.problem(message, *path))
@@ -172,7 +177,7 @@ class Sizer:
             gpus_per_task=gpus_per_task,
             gpus_per_node=(options.gpus_per_node or gpus) if gpus else 0,
             mem=options.mem or self._mem(gpus),
-            partition=options.partition or site.partitions.get(role),
+            partition=self._partition(role, options),
             account=options.account or site.account,
             qos=options.qos or site.qos,
             constraint=options.constraint or site.constraint,

@@ -20,14 +20,17 @@ from hpc_rl.recipe.schema import Recipe
 from hpc_rl.recipe.yaml_source import Problem, RecipeError
 
 
-def make_plan(loaded: LoadedRecipe, site: Site) -> Plan:
-    """Work out groups, mesh and memory. Raises RecipeError; what only looks odd is in `plan.warnings`."""
+def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
+    """Work out groups, mesh and memory. Raises RecipeError; what only looks odd is in `plan.warnings`.
+
+    `here`: the run starts inside an allocation, so partitions mean nothing.
+    """
     recipe = loaded.recipe
     placement: Placement = recipe.cluster.placement or site.placement
     if placement == "split":
         text = "is 'split', which is not available; use het, shared or local"
         raise RecipeError([loaded.problem(text, "cluster", "placement")])
-    sizer = Sizer(loaded, site, placement)
+    sizer = Sizer(loaded, site, placement, here)
     problems = sizer.problems
     groups = sizer.groups()
     minutes = parse_time(recipe.cluster.time)

@@ -246,3 +246,27 @@ def test_an_unknown_command_and_option(tmp_path: Path) -> None:
     done = hpc_rl("status", "--jsn", "x", cwd=tmp_path)
     assert done.returncode == 2
     assert "--json" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["dry run", "submit"])
+def test_here_the_allocation_decides_the_partitions(tmp_path: Path, command: str) -> None:
+    """A profile with a partition per role, in an ordinary salloc: partitions are no mistake of the user."""
+    (tmp_path / "site.yaml").write_text("name: s\npartitions: {policy: big, rollout: small}\n")
+    rl = {
+        "kind": "rl",
+        "algorithm": {"name": "grpo", "group_size": 4},
+        "reward": [{"name": "exact"}],
+        "rollout": {"engine": "hf", "max_tokens": 8},
+        "cluster": {"site": str(tmp_path / "site.yaml"), "secrets": ["NOT_SET_ANYWHERE"]},
+    }
+    recipe = make_recipe(tmp_path, **rl)
+    words: list[str | Path] = ["submit", recipe, "--here", *(["--dry-run"] if command == "dry run" else [])]
+    # no sinfo on this PATH, and a redis that is not there ends the submit before anything starts
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "PATH": "/nowhere"}
+    if command == "submit":
+        words.append("cluster.controller.redis_server=/nowhere/redis")
+    done = hpc_rl_forked(*words, cwd=tmp_path, env=env)
+    assert "placement" not in done.stderr, done.stderr
+    assert "sinfo" not in done.stderr
+    assert done.returncode == (0 if command == "dry run" else 2), done.stderr
+    assert "Traceback" not in done.stderr

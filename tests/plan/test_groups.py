@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_rl.plan import Plan
-from hpc_rl.recipe import RecipeError
+from hpc_rl.plan import Plan, Site, make_plan
+from hpc_rl.recipe import RecipeError, load_recipe
 
 Make = Callable[..., Plan]
 
@@ -249,3 +249,12 @@ def test_what_only_slurm_understands_is_a_warning_under_local(plan: Make) -> Non
         "cluster.policy.sbatch, cluster.rollout.mem"
     )
     assert not any("ignores" in text for text in plan(*said).warnings)
+
+
+@pytest.mark.parametrize("placement", ["shared", "het"])
+def test_inside_an_allocation_partitions_mean_nothing(placement: str) -> None:
+    loaded = load_recipe("gsm8k-grpo", [f"cluster.placement={placement}", "cluster.policy.partition=huge"])
+    site = Site(name="s", partitions={"policy": "big", "rollout": "small"})
+    made = make_plan(loaded, site, here=True)
+    assert [group.partition for group in made.groups] == [None, None]
+    assert made.placement == placement
