@@ -13,6 +13,8 @@ from hpc_rl.cluster.slurm.states import seconds
 SINFO_FORMAT = "%R|%a|%l|%D|%c|%m|%G|%f"
 _GPU = re.compile(r"(?:^|,)gpu:(?:([A-Za-z][\w.-]*):)?(\d+)")
 
+_ROLES = ("policy", "rollout", "controller")
+
 
 @dataclass(frozen=True)
 class NodeKind:
@@ -71,15 +73,13 @@ def draft(kinds: list[NodeKind], name: str, cluster: str) -> tuple[dict[str, Any
     usable = [kind for kind in kinds if kind.up] or kinds
     gpu = [kind for kind in usable if kind.gpus]
     cpu = [kind for kind in usable if not kind.gpus]
-    best = max(gpu or usable, key=lambda kind: kind.nodes * max(kind.gpus, 1))
-    partitions = {"policy": best.partition, "rollout": best.partition}
+    best, partitions = _partitions(gpu or usable, cpu)
     notes = []
-    if cpu:
-        partitions["controller"] = max(cpu, key=lambda kind: kind.nodes).partition
-    others = sorted({kind.partition for kind in gpu} - {best.partition})
+    working = {partitions["policy"], partitions["rollout"]}
+    others = sorted({kind.partition for kind in gpu} - working)
     if others:
         notes.append(f"other partitions with GPUs: {', '.join(others)}; rollout may use one of them")
-    mine = [kind for kind in usable if kind.partition == best.partition]
+    mine = [kind for kind in usable if kind.partition in working]
     types = Counter({kind.gpu_type: kind.nodes for kind in mine if kind.gpus})
     data: dict[str, Any] = {
         "name": re.sub(r"[^A-Za-z0-9_.-]", "-", name),
@@ -93,15 +93,45 @@ def draft(kinds: list[NodeKind], name: str, cluster: str) -> tuple[dict[str, Any
     }
     if best.gpus:
         data["gpus"] = {"style": "gres", "per_node": best.gpus}
+        where = " and ".join(sorted(working))
         data["cpus"] = {"per_node": best.cpus, "per_gpu": max(1, best.cpus // best.gpus)}
         if len(types) > 1:
-            data["gpus"]["type"] = best.gpu_type
-            notes.append(f"{best.partition} has GPUs of types {', '.join(sorted(map(str, types)))}")
+            if len(working) == 1:  # one type for all roles would keep a role out of a partition of its own
+                data["gpus"]["type"] = best.gpu_type
+            notes.append(f"{where}: GPUs of types {', '.join(sorted(map(str, types)))}")
         notes.append("gpus.memory_gb: Slurm does not know it; set it for the memory check of plans")
     limits = [kind.time_s for kind in mine if kind.time_s is not None]
     if limits:
         data["time_max"] = _duration(min(limits))
     return data, notes
+
+
+def _partitions(work: list[NodeKind], cpu: list[NodeKind]) -> tuple[NodeKind, dict[str, str]]:
+    """(the policy's kind of node, partition per role). A partition that has a role's name in its own is
+    that role's; else the one with the most GPUs (or nodes)."""
+
+    def size(kind: NodeKind) -> int:
+        return kind.nodes * max(kind.gpus, 1)
+
+    best = max(_called("policy", work) or _unclaimed(work), key=size)
+    rollout = max(_called("rollout", work), key=size, default=best)
+    partitions = {"policy": best.partition, "rollout": rollout.partition}
+    quiet = _called("controller", cpu) or _unclaimed(cpu)
+    if quiet:
+        partitions["controller"] = max(quiet, key=lambda kind: kind.nodes).partition
+    return best, partitions
+
+
+def _called(role: str, kinds: list[NodeKind]) -> list[NodeKind]:
+    """Those whose partition is called like `role`; else those that have it in their name."""
+    return [kind for kind in kinds if kind.partition.lower() == role] or [
+        kind for kind in kinds if role in kind.partition.lower()
+    ]
+
+
+def _unclaimed(kinds: list[NodeKind]) -> list[NodeKind]:
+    """Those that no role's name is in, if there are any."""
+    return [kind for kind in kinds if not any(_called(role, [kind]) for role in _ROLES)] or kinds
 
 
 def write_yaml(data: dict[str, Any], kinds: list[NodeKind], notes: list[str]) -> str:
