@@ -8,12 +8,12 @@ away or the job purged from its memory, the run directory alone still gives an a
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hpc_rl.cli._jobs import JobState, ask_jobs
+from hpc_rl.cli._role_lines import RoleLine, role_lines
 from hpc_rl.cli._tail import last_lines
 from hpc_rl.cluster.local.start import local_state
 from hpc_rl.run.attempts import Attempt, JobRecord, latest_job, read_attempts
@@ -25,17 +25,6 @@ from hpc_rl.telemetry.wandb import read_link
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 _BY_REASON = {"done": "COMPLETED", "cancelled": "CANCELLED", "requeue": "REQUEUED", "failed": "FAILED"}
-
-
-@dataclass
-class RoleLine:
-    """One role process: `state` is a phase (`step`, `generate`, …), `running`, `exited N` or `lost`."""
-
-    role: str
-    index: int
-    state: str
-    since: float | None = None
-    detail: str = ""
 
 
 @dataclass
@@ -58,6 +47,7 @@ class RunStatus:
     metrics: dict[str, Any] = field(default_factory=dict)
     roles: list[RoleLine] = field(default_factory=list)
     components: list[dict[str, Any]] = field(default_factory=list)
+    redis_restarts: int = 0  # in the latest attempt
     logs: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -95,9 +85,17 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
         checkpoint=run.latest_complete(),
         wandb=read_link(run.wandb),
         metrics=latest(rows),
-        roles=role_lines(run, number, events, live=live and state == "RUNNING", ended=state in ENDED)
+        roles=role_lines(
+            run,
+            number,
+            events,
+            live=live and state == "RUNNING",
+            ended=state in ENDED,
+            end=attempts[-1].end,
+        )
         if number
         else [],
+        redis_restarts=sum(e.get("kind") == "redis_restarted" and e.get("attempt") == number for e in events),
         components=[asdict(component) for component in view.components] if view else [],
         logs=str(run.attempt_logs(number) if number else run.logs),
     )
@@ -214,64 +212,3 @@ def total_steps(run: RunDir, events: Sequence[Mapping[str, Any]], *, since: floa
         return None
     planned = plan.get("total_steps") if isinstance(plan, dict) else None
     return planned if isinstance(planned, int) and planned else None
-
-
-def role_lines(
-    run: RunDir, attempt: int, events: Sequence[Mapping[str, Any]], *, live: bool, ended: bool = False
-) -> list[RoleLine]:
-    """One line per role process: from the events of the attempt, made precise by live heartbeats."""
-    lines: dict[tuple[str, int], RoleLine] = {}
-    for event in events:
-        if event.get("attempt") != attempt:
-            continue
-        role, index, when = event.get("role"), int(event.get("index", 0)), event.get("time")
-        kind = event.get("kind")
-        if kind == "replica_lost":
-            lines["rollout", index] = RoleLine("rollout", index, "lost", when, str(event.get("cause", "")))
-        elif role and kind == "step_started":
-            lines[role, index] = RoleLine(role, index, "running", when)
-        elif role and kind == "step_exited":
-            known = lines.get((role, index))
-            if known is None or known.state != "lost":
-                lines[role, index] = RoleLine(role, index, _exit_words(int(event.get("code", 0))), when)
-        elif role and kind == "failure":
-            lines[role, index] = RoleLine(role, index, "failed", when, str(event.get("cause", "")))
-    for (role, index), beat in _heartbeats(run, attempt).items() if live else ():
-        detail = f"step {beat['step']}" if beat.get("step") else ""
-        lines[role, index] = RoleLine(
-            role, index, str(beat.get("phase", "")), beat.get("phase_since"), detail
-        )
-    if ended:  # a supervisor that was killed left nobody to write how its steps ended
-        for line in lines.values():
-            line.state = "ended with the run" if line.state == "running" else line.state
-    order = {"controller": 0, "policy": 1, "rollout": 2}
-    return sorted(lines.values(), key=lambda line: (order.get(line.role, 9), line.role, line.index))
-
-
-def _exit_words(code: int) -> str:
-    if code > 128:
-        try:
-            return f"killed by {signal.Signals(code - 128).name}"
-        except ValueError:
-            pass  # no such signal: an exit code of the program's own
-    return f"exited {code}"
-
-
-def _heartbeats(run: RunDir, attempt: int) -> dict[tuple[str, int], dict[str, Any]]:
-    """What the processes say on the bus; nothing if it cannot be reached from this machine in 2 s."""
-    path = run.bus_file(attempt)
-    if not path.is_file():
-        return {}
-    from hpc_rl.bus.client import Bus
-    from hpc_rl.bus.errors import BusError
-
-    try:
-        bus = Bus.connect(path, 2.0, reconnect_s=1.0)
-    except (BusError, OSError):
-        return {}
-    try:
-        return bus.heartbeats()
-    except BusError:
-        return {}
-    finally:
-        bus.close()

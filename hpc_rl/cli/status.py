@@ -48,6 +48,8 @@ def describe(answer: RunStatus) -> str:
         facts.append(("checkpoint", f"step {answer.checkpoint}"))
     if answer.first_cause:
         facts.append(("first cause", answer.first_cause))
+    if answer.redis_restarts:
+        facts.append(("Redis", f"restarts in this attempt: {answer.redis_restarts}"))
     if answer.wandb:
         facts.append(("W&B", answer.wandb))
     facts.append(("logs", answer.logs))
@@ -60,6 +62,6 @@ def describe(answer: RunStatus) -> str:
         rows = [[c["id"], c["name"], c["state"], c["nodes"] or c["reason"] or "-"] for c in answer.components]
         lines += ["", table(["component", "name", "state", "nodes"], rows)]
     if answer.roles:
-        rows = [[f"{r.role} {r.index}", r.state, ago(r.since), r.detail] for r in answer.roles]
+        rows = [[f"{r.role} {r.index}", r.state, ago(r.since), r.words()] for r in answer.roles]
         lines += ["", table(["role", "phase", "for", ""], rows)]
     return "\n".join(lines)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.cli._state import judge, role_lines, run_status
+from hpc_rl.cli._role_lines import RoleLine, role_lines
+from hpc_rl.cli._state import judge, run_status
+from hpc_rl.cli.status import describe
 from hpc_rl.cluster.slurm.states import Component, JobState, State
 from hpc_rl.run.attempts import Attempt, JobRecord, close_attempt, open_attempt, record_job
 from hpc_rl.run.events import Cause, EventLog, read_events, write_cause
@@ -141,3 +143,54 @@ def test_a_lost_replica_stays_lost_after_its_step_ends(run: RunDir) -> None:
     events.append("step_exited", role="rollout", index=1, code=143)
     (line,) = role_lines(run, 1, read_events(run), live=False)
     assert (line.state, line.detail) == ("lost", "no heartbeat for 40 s")
+
+
+KILLED = "ended with signal 9 (SIGKILL)"
+
+
+@pytest.mark.parametrize("failure_first", [True, False])
+def test_a_replica_that_was_restarted_tells_its_loss_and_the_true_cause(
+    run: RunDir, failure_first: bool
+) -> None:
+    record_job(run, None, "local", pid=1)
+    opened = open_attempt(run)
+    events = EventLog(run, 1)
+    events.append("step_launched", role="rollout", index=1, incarnation=1)
+    if failure_first:
+        events.failure("rollout", KILLED, index=1, exit_code=137)
+    events.append("replica_lost", index=1, cause="push of version 118: Connection closed by peer")
+    if not failure_first:
+        events.failure("rollout", KILLED, index=1, exit_code=137)
+    events.append("step_exited", role="rollout", index=1, code=137)
+    events.append("step_launched", role="rollout", index=1, incarnation=2)
+    events.append("step_started", role="rollout", index=1)
+    events.append("redis_restarted", why="killed")
+    (line,) = role_lines(run, 1, read_events(run), live=False)
+    assert (line.state, line.incarnation, line.lost) == ("running", 2, [KILLED])
+    close_attempt(run, opened, exit_code=1, reason="failed", cause="policy 0: boom")
+    status = run_status(run)
+    assert status.as_json()["roles"][0]["lost"] == [KILLED]
+    text = describe(status)
+    assert f"incarnation 2, lost once: {KILLED}" in text
+    assert "Redis:       restarts in this attempt: 1" in text
+
+
+def test_the_beat_of_a_gone_incarnation_says_nothing(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats = {("rollout", 1): {"phase": "generate", "phase_since": 5.0, "incarnation": 1}}
+    monkeypatch.setattr("hpc_rl.cli._role_lines._heartbeats", lambda run, attempt: beats)
+    events = EventLog(run, 1)
+    events.append("step_launched", role="rollout", index=1, incarnation=2)
+    (line,) = role_lines(run, 1, read_events(run), live=True)
+    assert line.state == "running"
+    beats["rollout", 1]["incarnation"] = 2
+    assert role_lines(run, 1, read_events(run), live=True) == [
+        RoleLine("rollout", 1, "generate", 5.0, incarnation=2)
+    ]
+
+
+def test_the_time_of_a_role_in_a_run_that_is_over_is_that_since_its_end(run: RunDir) -> None:
+    events = EventLog(run, 1)
+    events.append("step_started", role="policy", index=0)
+    for end in (123.0, None):  # None: the supervisor was killed, nobody knows when
+        (line,) = role_lines(run, 1, read_events(run), live=False, ended=True, end=end)
+        assert (line.state, line.since) == ("ended with the run", end)
