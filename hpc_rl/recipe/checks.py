@@ -55,7 +55,7 @@ _FORBIDDEN = (
 
 
 # key that a message is about -> keys that it must agree with
-_AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
+AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
     ("policy", "batch_size"): (("policy", "parallel"), ("algorithm", "group_size")),
     ("policy", "parallel"): (("cluster", "policy"),),
     ("policy", "parallel", "tp"): (("model", "path"),),
@@ -79,7 +79,7 @@ def blamed(source: Source, path: KeyPath) -> Where | None:
     place = source.where(path)
     if place is not None and place.override:
         return place
-    for other in _AGREE.get(path, ()):
+    for other in AGREE.get(path, ()):
         for written, there in source.places.items():
             if written[: len(other)] == other and there.override:
                 return there

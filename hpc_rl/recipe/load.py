@@ -19,6 +19,7 @@ from hpc_rl.recipe.layers import apply_overrides, find_recipe, read_layers
 from hpc_rl.recipe.messages import validate
 from hpc_rl.recipe.plugins import PluginError, copy_plugins, import_plugin, is_file_plugin, locate
 from hpc_rl.recipe.schema import Recipe
+from hpc_rl.recipe.unknown import Unknown, not_explained, without_unknown
 from hpc_rl.recipe.yaml_source import KeyPath, Problem, RecipeError, Source, dotted
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv")
@@ -73,11 +74,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         plugins, problems = _plugins(source)
     recipe, schema_problems = validate(Recipe, source.data, source)
     problems += schema_problems
+    unknown: Unknown = []
+    if recipe is None:
+        recipe, unknown = without_unknown(source.data)
     if recipe is None:
         raise RecipeError(problems)
     with redirect_stdout(sys.stderr):
-        problems += _Extensions(recipe, source).check()
-    problems += cross_checks(recipe, source)
+        found = _Extensions(recipe, source).check()
+    found += cross_checks(recipe, source)
+    problems += not_explained(found, unknown)
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
     _localise(recipe, source)
@@ -160,12 +165,20 @@ class _Extensions:
         if not isinstance(name, str):
             self._bad("is required and missing" if name is None else "must be text", *path, "name")
             return {"name": name}
-        return {"name": name, **self._options(kind, name, mapping, path, path)}
+        also = ("name", "weight") if kind == "rewards" else ("name",)
+        return {"name": name, **self._options(kind, name, mapping, path, path, also)}
 
     def _options(
-        self, kind: str, name: str, mapping: dict[str, Any], path: KeyPath, owner: KeyPath
+        self,
+        kind: str,
+        name: str,
+        mapping: dict[str, Any],
+        path: KeyPath,
+        owner: KeyPath,
+        also: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """The options at `path`, validated. `owner` is the section that names the extension."""
+        """The options at `path`, validated. `owner` is the section that names the extension; `also`: the
+        keys of that section that are not the extension's."""
         try:
             cls = registry(kind).config_class(name)
         except UnknownExtension as error:
@@ -175,7 +188,7 @@ class _Extensions:
         except (ImportError, TypeError) as error:  # a plugin whose config is not there, or is no config
             self._bad(f"{kind} extension {name!r} cannot be used: {error}", *path)
             return {}
-        config, found = validate(cls, options_of(cls, mapping), self.source, path)
+        config, found = validate(cls, options_of(cls, mapping), self.source, path, also=also)
         self.problems.extend(found)
         return config.model_dump(mode="json") if config else {}
 

@@ -45,12 +45,18 @@ _LIMITS = {
 
 
 def validate(
-    model: type[M], data: Any, source: Source, prefix: KeyPath = (), *, renames: bool = True
+    model: type[M],
+    data: Any,
+    source: Source,
+    prefix: KeyPath = (),
+    *,
+    renames: bool = True,
+    also: tuple[str, ...] = (),
 ) -> tuple[M | None, list[Problem]]:
     """`(instance, [])`, or `(None, problems)`.
 
     `prefix` is the key path of `data` in the source; `renames` names the new key for keys of the
-    systems that recipes are brought from.
+    systems that recipes are brought from; `also`: keys of the section that somebody else has read.
     """
     for _ in range(2):
         try:
@@ -59,7 +65,7 @@ def validate(
             errors = error.errors(include_url=False)
         if not _take_raw_text(errors, data, source, prefix):
             break
-    problems = [_problem(model, detail, source, prefix, renames) for detail in errors]
+    problems = [_problem(model, detail, source, prefix, renames, also) for detail in errors]
     return None, list(dict.fromkeys(problems))
 
 
@@ -109,25 +115,33 @@ def unknown_key(name: str, allowed: list[str], full_key: str, value: str, rename
 
 
 def _problem(
-    model: type[BaseModel], detail: ErrorDetails, source: Source, prefix: KeyPath, renames: bool
+    model: type[BaseModel],
+    detail: ErrorDetails,
+    source: Source,
+    prefix: KeyPath,
+    renames: bool,
+    also: tuple[str, ...],
 ) -> Problem:
     path: KeyPath = (*prefix, *detail["loc"])
     place = source.where(path)
-    return Problem(str(place) if place else "", dotted(path), _text(model, detail, path, renames))
+    return Problem(str(place) if place else "", dotted(path), _text(model, detail, path, renames, also))
 
 
-def _text(model: type[BaseModel], detail: ErrorDetails, path: KeyPath, renames: bool) -> str:
+def _text(
+    model: type[BaseModel], detail: ErrorDetails, path: KeyPath, renames: bool, also: tuple[str, ...]
+) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     shown = "(hidden)" if is_secret(path) or _holds_secret(value) else show(value)
     if kind == "extra_forbidden":
-        allowed_keys = _keys_at(model, detail["loc"][:-1])
-        return unknown_key(str(path[-1]), allowed_keys, dotted(path), shown, renames)
+        allowed = keys_at(model, detail["loc"][:-1])
+        allowed += [key for key in also if len(detail["loc"]) == 1 and key not in allowed]
+        return unknown_key(str(path[-1]), allowed, dotted(path), shown, renames)
     if kind == "missing":
         return "is required and missing"
     if kind == "literal_error":
-        allowed = str(context.get("expected", ""))
-        guess = nearest(str(value), [part.strip("' ") for part in allowed.replace(" or ", ",").split(",")])
-        return f"is {shown}; allowed: {allowed}" + (f". Did you mean '{guess}'?" if guess else "")
+        values = str(context.get("expected", ""))
+        guess = nearest(str(value), [part.strip("' ") for part in values.replace(" or ", ",").split(",")])
+        return f"is {shown}; allowed: {values}" + (f". Did you mean '{guess}'?" if guess else "")
     if kind in _LIMITS:
         words, key = _LIMITS[kind]
         return f"is {shown}; must be {words} {context[key]}"
@@ -181,7 +195,7 @@ def _kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the model allows at `loc`."""
     current: type[BaseModel] | None = model
     for part in loc:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _MAX_COUNT = 2**31 - 1  # Slurm, NCCL and vLLM count in 32 bits
 Positive = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
@@ -27,6 +27,16 @@ def _memory(text: str) -> str:
 
 
 MemorySize = Annotated[str, AfterValidator(_memory)]
+
+
+def _kind(value: object) -> object:
+    """The design has a third kind, and no algorithm of this version is of it."""
+    if value == "preference":
+        raise ValueError("preference is not in this version; allowed: sft, rl")
+    return value
+
+
+Kind = Annotated[Literal["sft", "rl"], BeforeValidator(_kind)]
 
 
 class Section(BaseModel):
@@ -204,7 +214,7 @@ class Recipe(Section):
     """A whole recipe. `algorithm` and `reward` are validated further by their extensions."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-    kind: Literal["sft", "preference", "rl"]
+    kind: Kind
     extends: str | None = None
     seed: Seed = 0
     output_root: str = "runs"

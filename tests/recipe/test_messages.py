@@ -140,3 +140,44 @@ def test_where_text_is_wanted_unquoted_numbers_are_text(write: Write) -> None:
     assert recipe.cluster.variables == {"A": "1", "B": "1e3"}
     assert recipe.cluster.time == "90"
     assert recipe.name == "7"
+
+
+def test_unknown_keys_do_not_hide_the_other_mistakes(write: Write, wrong: Wrong) -> None:
+    text = wrong(
+        write("extends: small.yaml\nfoo: 1\npolicy: {stepz: 1, batch_size: 6}\nreward: [{name: exakt}]\n")
+    )
+    assert [line.split(": ")[:2] for line in text.splitlines()] == [
+        ["r.yaml:3", "policy.stepz"],
+        ["r.yaml:2", "foo"],
+        ["r.yaml:4", "reward.0.name"],
+        ["r.yaml:3", "policy.batch_size"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "key", ["rolout: {engine: hf}", "rewart: [{name: exact}]", "algorithn: {name: grpo}"]
+)
+def test_a_misspelt_section_is_one_mistake(write: Write, wrong: Wrong, key: str) -> None:
+    """Without the section that was meant the recipe lacks one; saying that too would mislead."""
+    right = {"rolout": "rollout", "rewart": "reward", "algorithn": "algorithm"}[key.partition(":")[0]]
+    small = Path("small.yaml").read_text().replace(f"\n{right}:", "\nignored:")
+    lines = [line for line in small.splitlines() if not line.startswith("ignored:")]
+    text = wrong(write("\n".join([key, *lines]) + "\n"))
+    assert text.startswith(f"r.yaml:1: {key.partition(':')[0]}: unknown key")
+    assert len(text.splitlines()) == 1
+
+
+def test_preference_is_one_clear_error(write: Write, wrong: Wrong) -> None:
+    text = wrong(write("kind: preference\nname: x\nmodel: {path: m}\ndata: {train: {path: d}}\n"))
+    assert text == 'r.yaml:1: kind: is "preference"; preference is not in this version; allowed: sft, rl'
+    assert "preference" not in wrong(write("extends: small.yaml\nkind: dpo\n")).replace("r.yaml", "")
+
+
+def test_the_keys_of_a_reward_include_its_name_and_weight(write: Write, wrong: Wrong) -> None:
+    text = wrong(write("extends: small.yaml\nreward: [{name: exact, wieght: 2}]\n"))
+    assert "Did you mean 'weight'?" in text
+    listed = text.partition("Allowed here: ")[2].rstrip(".").split(", ")
+    assert {"name", "weight"} <= set(listed)
+    text = wrong(write("extends: small.yaml\nalgorithm: {group_sise: 4}\n"))
+    assert "Did you mean 'group_size'?" in text
+    assert ", name, " in text
