@@ -9,17 +9,20 @@ policy is one step for all its ranks: losing a rank ends the attempt.
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_rl.bus.messages import Message, Register, RoleFailed, StartRole, StepExited, StopRole
+from hpc_rl.run.process import describe_exit
 
 LOG = logging.getLogger("hpc_rl.controller")
 HEARTBEAT_LIMIT_S = 40.0
 START_LIMIT_S = 900.0
 REPLICA_RESTARTS = 2
+LOST_GRACE_S = 2.0
 
 
 class AttemptFailed(RuntimeError):
@@ -38,6 +41,7 @@ class Replica:
     receiving: bool = False
     restarts: int = 0
     causes: list[str] = field(default_factory=list)
+    lost_at: dict[int, float] = field(default_factory=dict)  # by incarnation, seconds since the epoch
 
     @property
     def name(self) -> str:
@@ -91,11 +95,28 @@ class Members:
         if message.role == "policy":
             raise AttemptFailed(f"the policy step ended with code {message.code}{self._policy_cause()}")
         replica = self.replicas.get(message.index)
-        if message.role != "rollout" or replica is None or replica.incarnation != message.incarnation:
+        if message.role != "rollout" or replica is None:
+            return
+        if message.incarnation in replica.lost_at:
+            self._explain(replica, message)
+            return
+        if replica.incarnation != message.incarnation:
             return
         failure = self._failures.get((message.role, message.index, message.incarnation))
-        cause = failure.cause if failure else f"its step ended with code {message.code}"
+        cause = failure.cause if failure else f"its step ended with {describe_exit(message.code)}"
         self.lose(replica, cause)
+
+    def _explain(self, replica: Replica, message: StepExited) -> None:
+        """A replica was lost by a symptom and its step's end says why: a signal that is not from us.
+
+        We have it killed LOST_GRACE_S after SIGTERM; what a signal ended sooner had its own reason.
+        """
+        sooner = message.time < replica.lost_at[message.incarnation] + LOST_GRACE_S
+        if sooner and message.code > 128 and message.code != 128 + signal.SIGTERM:
+            words = describe_exit(message.code)
+            LOG.error(
+                "lost %s (incarnation %d): its step ended with %s", replica.name, message.incarnation, words
+            )
 
     def _policy_cause(self) -> str:
         failures = [f for (role, _, _), f in self._failures.items() if role == "policy"]
@@ -110,10 +131,11 @@ class Members:
             return
         replica.enter("lost")
         replica.causes.append(cause)
+        replica.lost_at[replica.incarnation] = time.time()
         replica.version, replica.receiving = None, False
         LOG.error("lost %s: %s", replica.name, cause)
         self._on_lost(replica)
-        self._send(StopRole("rollout", replica.index, 2.0, f"lost: {cause}"))
+        self._send(StopRole("rollout", replica.index, LOST_GRACE_S, f"lost: {cause}"))
         if replica.restarts < REPLICA_RESTARTS:
             replica.restarts += 1
             replica.incarnation += 1

@@ -1,9 +1,8 @@
 """One attempt: Redis, the controller and the steps it asks for, watched until the end.
 
 The loop blocks on the supervisor's inbox for `TICK_S` and then looks at its children, its flags and its
-deadlines. It decides nothing about roles: the controller asks (`StartRole`, `StopRole`) and is told
-(`StepStarted`, `StepExited`, `Interrupt`). A lost Redis is restarted a few times; a lost controller
-ends the attempt.
+deadlines. It decides nothing about roles: the controller asks and is told. A lost Redis is restarted a
+few times; a lost controller ends the attempt.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from hpc_rl.run.events import EventLog, cause_file, clear_cause
 from hpc_rl.run.lock import RunLock
 from hpc_rl.run.paths import RunDir
 from hpc_rl.run.process import describe_exit, exit_code
-from hpc_rl.run.secrets import mask
 from hpc_rl.supervisor.launchers import Launcher
 from hpc_rl.supervisor.redis import KeptRedis
 from hpc_rl.supervisor.signals import Signals
-from hpc_rl.supervisor.steps import Step, last_words, spawn
+from hpc_rl.supervisor.steps import Step, exit_words, spawn
 
 LOG = logging.getLogger("hpc_rl.supervisor")
 EXIT_DONE, EXIT_REQUEUE, EXIT_STOPPED, EXIT_TERM, EXIT_FAILED = 0, 75, 93, 143, 1
@@ -51,9 +49,15 @@ class Outcome:
 
 @dataclass
 class Stopping:
-    """A step that was asked to end: when it is killed."""
+    """A step that was asked to end: when it is killed, and whether because it seemed lost."""
 
     kill_at: float
+    lost: bool
+
+    def did_it(self, code: int) -> bool:
+        """Whether `code` is our doing: a lost replica may have been killed before it was asked."""
+        by_signal = code > 128 and code != 128 + signal.SIGTERM
+        return not (self.lost and by_signal and time.monotonic() < self.kill_at)
 
 
 class AttemptLoop:
@@ -97,6 +101,7 @@ class AttemptLoop:
         self._on_term = on_term
         self._steps: dict[tuple[str, int], Step] = {}
         self._stopping: dict[tuple[str, int], Stopping] = {}
+        self._waiting: dict[tuple[str, int], StartRole] = {}
         self._outbox: list[Message] = []
         self._bus: Bus | None = None
         self._inbox: Inbox | None = None
@@ -179,6 +184,9 @@ class AttemptLoop:
     # --- steps -------------------------------------------------------------------------------------
     def _start_step(self, wanted: StartRole) -> None:
         key = (wanted.role, wanted.index)
+        if key in self._stopping:  # as soon as the earlier incarnation is gone
+            self._waiting[key] = wanted
+            return
         if key in self._steps:
             LOG.error("%s %d is asked for but runs already", *key)
             self._events.append("start_refused", role=wanted.role, index=wanted.index)
@@ -198,10 +206,11 @@ class AttemptLoop:
 
     def _stop_step(self, wanted: StopRole) -> None:
         key = (wanted.role, wanted.index)
+        self._waiting.pop(key, None)
         if key not in self._steps:
             return
         LOG.info("stopping %s %d: %s", *key, wanted.reason)
-        self._stopping[key] = Stopping(time.monotonic() + wanted.grace_s)
+        self._stopping[key] = Stopping(time.monotonic() + wanted.grace_s, wanted.reason.startswith("lost"))
         self._ask_to_end(self._steps[key])
 
     def _ask_to_end(self, step: Step) -> None:
@@ -222,13 +231,15 @@ class AttemptLoop:
             if code is None:
                 continue
             del self._steps[key]
-            asked = self._stopping.pop(key, None) is not None
+            ending = self._stopping.pop(key, None)
+            asked = ending is not None and ending.did_it(code)
             LOG.info("%s %d ended with %s", *key, describe_exit(code))
             if code != 0 and not asked and not self._has_cause(step):
-                said = mask(last_words(step.logs), self._secrets)
-                words = f"ended with {describe_exit(code)}" + (f"; its last words: {said}" if said else "")
+                words = exit_words(code, step.logs, self._secrets)
                 self._events.failure(step.role, words, index=step.index, exit_code=code)
             self._outbox.append(StepExited(*key, step.incarnation, code, time.time()))
+            if key in self._waiting:
+                self._start_step(self._waiting.pop(key))
 
     def _has_cause(self, step: Step) -> bool:
         """Whether a process of the step left its own cause, which says more than an exit code."""
@@ -255,8 +266,7 @@ class AttemptLoop:
         if code in known:
             return Outcome(code, known[code])
         if not cause_file(self._run, self._attempt, "controller", 0).exists():
-            said = mask(last_words([self._controller_log]), self._secrets)
-            words = f"ended with {describe_exit(code)}" + (f"; its last words: {said}" if said else "")
+            words = exit_words(code, [self._controller_log], self._secrets)
             self._events.failure("controller", words, exit_code=code)
         return Outcome(code, "failed")
 

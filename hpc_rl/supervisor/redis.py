@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from hpc_rl.bus.server import RedisServer
 from hpc_rl.run.events import EventLog
 from hpc_rl.run.paths import RunDir
 
+LOG = logging.getLogger("hpc_rl.supervisor")
 RESTARTS = 3
 WINDOW_S = 600.0
 _RESTART_S = 8.0
@@ -68,6 +70,7 @@ class KeptRedis:
         if len(self._restarts) >= RESTARTS:
             raise RedisFailed(f"Redis was lost {RESTARTS + 1} times in {WINDOW_S / 60:.0f} minutes; {why}")
         self._restarts.append(now)
+        LOG.warning("Redis is restarted (%d of %d): %s", len(self._restarts), RESTARTS, why)
         self._server.restart(_RESTART_S)
         self._server.write_bus_file(self._bus_file)
         self._events.append("redis_restarted", why=why, port=self._server.port, pid=self._server.pid)

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hpc_rl.run.process import die_with_parent, exit_code
+from hpc_rl.run.process import describe_exit, die_with_parent, exit_code
+from hpc_rl.run.secrets import mask
 
 # How long the other tasks of a step get after one of them failed.
 BAD_EXIT_GRACE_S = 5.0
@@ -128,23 +129,62 @@ def _kill_group(pid: int) -> None:
         pass
 
 
-# A line of the roles' own log that is no complaint (`roles/process.py` sets the format).
-_QUIET = re.compile(r"^\d\d:\d\d:\d\d (DEBUG|INFO|WARNING) ")
+# Lines of the roles' own log (`roles/process.py` sets the format) and of vLLM's that are no complaint.
+_QUIET = re.compile(r"^(\(.*?\) )?(\d\d:\d\d:\d\d )?(DEBUG|INFO|WARNING)\b")
+_COMPLAINT = re.compile(
+    r"error|exception|critical|fatal|traceback|abort|killed|panic|segmentation|out of memory|oom.kill"
+    r"|terminate called|not found|no such|cannot|denied|failed",
+    re.IGNORECASE,
+)
+_TAIL_BYTES = 16384
 
 
-def last_words(logs: Sequence[Path]) -> str:
-    """What the first log that says anything says, for what ended without leaving a cause."""
+def exit_words(code: int, logs: Sequence[Path], secrets: Sequence[str]) -> str:
+    """How a step without a cause of its own ended, with the last error that it wrote; secrets masked."""
+    said = mask(last_words(logs, killed=code == 128 + signal.SIGKILL), secrets)
+    return f"ended with {describe_exit(code)}" + (f"; its last words: {said}" if said else "")
+
+
+def last_words(logs: Sequence[Path], *, killed: bool = False) -> str:
+    """The last error in the first log that has one, "" if none.
+
+    What was `killed` from outside did not end by an error that it logged and went on from.
+    """
     for log in logs:
-        try:
-            with open(log, "rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-                lines = file.read().decode(errors="replace").splitlines()
-        except FileNotFoundError:
-            continue
-        words = [line.strip() for line in lines if line.strip() and not _QUIET.match(line)]
-        from_srun = [line for line in words if line.startswith("srun: error: ")]
+        errors = _errors(_whole_lines(log), until_the_end=killed)
+        from_srun = [line for line in errors if line.startswith("srun: error: ")]
         if from_srun:
             return from_srun[0][:300]  # it names the task that was first; the others follow
-        if words:
-            return words[-1][:300]
+        if errors:
+            return errors[-1][:300]
     return ""
+
+
+def _whole_lines(log: Path) -> list[str]:
+    """The lines at the end of `log`, without those whose start or end is missing."""
+    try:
+        with open(log, "rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    return lines[1 if start else 0 : -1]
+
+
+def _errors(lines: Sequence[str], *, until_the_end: bool) -> list[str]:
+    """The complaints among `lines`; a traceback counts with the line that names its exception."""
+    found: list[str] = []
+    in_traceback = False
+    for line in lines:
+        if _QUIET.match(line):
+            in_traceback = False
+            if until_the_end:
+                found.clear()
+        elif line.startswith("Traceback"):
+            in_traceback = True
+        elif line.strip() and not line[0].isspace():  # indented: the frames, and details of a complaint
+            if in_traceback or (_COMPLAINT.search(line) and "Warning: " not in line):
+                found.append(line.strip())
+            in_traceback = False
+    return found

@@ -63,6 +63,22 @@ def test_a_lost_replica_is_started_again_with_the_next_incarnation() -> None:
     assert world.lost == [1]
 
 
+@pytest.mark.parametrize(
+    ("code", "after_s", "explained"),
+    [(137, 0.3, True), (139, 0.3, True), (137, 2.1, False), (143, 0.3, False), (1, 0.3, False)],
+)
+def test_the_true_cause_of_a_symptom_is_told(
+    caplog: pytest.LogCaptureFixture, code: int, after_s: float, explained: bool
+) -> None:
+    world = World()
+    world.go_live()
+    world.members.lose(world.replica(1), "push of version 118: Connection closed by peer")
+    caplog.clear()
+    world.members.exited(m.StepExited("rollout", 1, 1, code, time.time() + after_s))
+    assert ("lost rollout 1 (incarnation 1): its step ended with signal" in caplog.text) == explained
+    assert world.lost == [1]
+
+
 def test_a_replica_beyond_its_budget_is_dropped_and_the_last_one_ends_the_attempt() -> None:
     world = World()
     world.go_live()

@@ -204,6 +204,7 @@ def test_a_killed_supervisor_takes_its_children_along(tmp_path: Path, supervised
     assert again.wait() == 0, again.logs()
     first, second = read_attempts(run)
     assert (first.reason, second.reason) == ("lost", "done")
+    assert first.first_cause == "supervisor: ended without a word (SIGKILL or node loss)"
     assert second.attempt == 2
 
 

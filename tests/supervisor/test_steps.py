@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rl.run.process import start_ticks
-from hpc_rl.supervisor.steps import ProcessStep, last_words, spawn
+from hpc_rl.supervisor.steps import ProcessStep, exit_words, last_words, spawn
 
 
 def step(tmp_path: Path, *scripts: str) -> ProcessStep:
@@ -60,6 +60,17 @@ def test_what_a_task_leaves_behind_is_killed(tmp_path: Path) -> None:
         (["", "Traceback\nModuleNotFoundError: no torch\n"], "ModuleNotFoundError: no torch"),
         (["", "12:00:00 INFO policy 0: fine\n"], ""),
         (
+            ["12:00:00 ERROR policy 0: the disk is full\n12:00:01 INFO x: failed\n"],
+            "12:00:00 ERROR policy 0: the disk is full",
+        ),
+        (["tensors, generation stalled 0.014 s\n(EngineCore pid=3) INFO 11-21 error\n"], ""),
+        (
+            ["Traceback (most recent call last):\n  File 'error.py'\nAttemptFailed: no\nbye\n"],
+            "AttemptFailed: no",
+        ),
+        (["terminate called after throwing\nOSError: torn li"], "terminate called after throwing"),
+        (["x" * 20000 + " error 5\n12:00:00 INFO x: fine\n"], ""),  # its start is out of sight
+        (
             ["srun: error: n1: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 143\n"],
             "srun: error: n1: task 1: Killed",
         ),
@@ -70,3 +81,11 @@ def test_last_words(tmp_path: Path, texts: list[str], words: str) -> None:
     for log, text in zip(logs, texts, strict=True):
         log.write_text(text)
     assert last_words([tmp_path / "absent", *logs]) == words
+
+
+def test_what_was_killed_did_not_end_by_an_error_that_it_went_on_from(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("12:00:00 ERROR x: hunter2 was refused\n12:00:01 INFO x: tensors, stalled 0.014 s\n")
+    assert exit_words(137, [log], []) == "ended with signal 9 (SIGKILL)"
+    words = "ended with exit code 1; its last words: 12:00:00 ERROR x: *** was refused"
+    assert exit_words(1, [log], ["hunter2"]) == words
