@@ -24,17 +24,37 @@ _MARGIN = 1.1  # free space wanted, relative to what is downloaded
 
 
 class FetchError(ValueError):
-    """Something cannot be fetched; the message says which and why, in one line."""
+    """Something cannot be fetched; `problems` has one line for each thing: which and why."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(problems))
+
+
+class _NoHubError(FetchError):
+    """The Hub did not answer: the other repositories need not be asked."""
+
+    def __init__(self, repository: Repository, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"{repository.at}: the Hugging Face Hub cannot be reached for {repository.name} ({reason}); "
+            "run this on a node with internet, or set HF_ENDPOINT to your mirror"
+        )
 
 
 @dataclass(frozen=True)
 class Repository:
-    """One thing to fetch. `key` is the recipe's key that names it."""
+    """One thing to fetch. `key` is the recipe's key that names it, `where` the file and line."""
 
     kind: Literal["model", "dataset"]
     name: str
     revision: str | None
     key: str
+    where: str
+
+    @property
+    def at(self) -> str:
+        return f"{self.where}: {self.key}"
 
 
 @dataclass(frozen=True)
@@ -65,21 +85,23 @@ def fetch(
     """
     done: list[Fetched] = []
     wanted: list[Repository] = []
+    problems: list[str] = []
     for repository in repositories(loaded):
-        found = _present(repository, site)
+        try:
+            found = _present(repository, site)
+        except FetchError as error:
+            problems += error.problems
+            continue
         if found is not None:
             say(f"{repository.key}: {repository.name} is here: {found.folder}")
             done.append(found)
         else:
             wanted.append(repository)
-    if not wanted:
-        return done
-    if api is None:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
+    remotes, refused = _look_at_all(api, wanted)
+    problems += refused
+    if problems:
+        raise FetchError(*problems)
     cache = hub_cache(site.paths.hf_home)
-    remotes = [_look(api, repository) for repository in wanted]
     _check_space(cache, sum(remote.nbytes for remote in remotes))
     for remote in remotes:
         repository = remote.repository
@@ -95,12 +117,13 @@ def fetch(
 def repositories(loaded: LoadedRecipe) -> list[Repository]:
     """What the recipe names, each once; local paths included."""
     model, data = loaded.recipe.model, loaded.recipe.data
-    found = [Repository("model", model.path, model.revision, "model.path")]
+    found = [Repository("model", model.path, model.revision, "model.path", loaded.where("model", "path"))]
     if model.tokenizer is not None and model.tokenizer != model.path:
-        found.append(Repository("model", model.tokenizer, None, "model.tokenizer"))
+        where = loaded.where("model", "tokenizer")
+        found.append(Repository("model", model.tokenizer, None, "model.tokenizer", where))
     for key, spec in (("data.train.path", data.train), ("data.eval.path", data.eval)):
         if spec is not None and (spec.path, spec.revision) not in [(r.name, r.revision) for r in found]:
-            found.append(Repository("dataset", spec.path, spec.revision, key))
+            found.append(Repository("dataset", spec.path, spec.revision, key, loaded.where(*key.split("."))))
     return found
 
 
@@ -108,7 +131,7 @@ def _present(repository: Repository, site: Site) -> Fetched | None:
     if is_local(repository.name) or repository.name.count("/") > 1:
         folder = Path(repository.name).expanduser()
         if not folder.exists():
-            raise FetchError(f"{repository.key}: {repository.name} is a local path and does not exist")
+            raise FetchError(f"{repository.at}: {repository.name} is a local path and does not exist")
         return Fetched(repository.key, repository.name, None, folder, was_here=True)
     snapshot = find_snapshot(repository.name, repository.revision, site.paths.hf_home, f"{repository.kind}s")
     if snapshot is None or not _complete(snapshot):
@@ -120,6 +143,25 @@ def _complete(snapshot: Path) -> bool:
     """A download that was broken off leaves links without their files, or no marker-worthy file at all."""
     files = [path for path in snapshot.rglob("*") if not path.is_dir()]
     return bool(files) and all(path.exists() for path in files)
+
+
+def _look_at_all(api: Any, wanted: list[Repository]) -> tuple[list[_Remote], list[str]]:
+    """Everything that is to be fetched, and one line for each thing that cannot be."""
+    remotes: list[_Remote] = []
+    problems: list[str] = []
+    if wanted and api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+    for number, repository in enumerate(wanted):
+        try:
+            remotes.append(_look(api, repository))
+        except _NoHubError as error:  # each further question would wait for its own timeouts
+            problems += [str(_NoHubError(other, error.reason)) for other in wanted[number:]]
+            break
+        except FetchError as error:
+            problems += error.problems
+    return remotes, problems
 
 
 def _look(api: Any, repository: Repository) -> _Remote:
@@ -135,23 +177,23 @@ def _look(api: Any, repository: Repository) -> _Remote:
             api.auth_check(name, repo_type=repository.kind)
     except errors.GatedRepoError as error:
         raise FetchError(
-            f"{repository.key}: {name} is gated and your account has no access; accept its terms on the "
+            f"{repository.at}: {name} is gated and your account has no access; accept its terms on the "
             "Hub's page, then log in here (hf auth login)"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise FetchError(f"{repository.key}: {name} has no revision {repository.revision!r}") from error
+        raise FetchError(f"{repository.at}: {name} has no revision {repository.revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise FetchError(
-            f"{repository.key}: no {repository.kind} {name!r} on the Hub, or it is private and you are not "
+            f"{repository.at}: no {repository.kind} {name!r} on the Hub, or it is private and you are not "
             "logged in (hf auth login)"
         ) from error
     except (errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        raise FetchError(_no_hub(repository, error)) from error
+        raise _no_hub(repository, error) from error
     except Exception as error:
         # huggingface_hub passes its HTTP library's connection errors on; which library depends on its version
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
-        raise FetchError(_no_hub(repository, error)) from error
+        raise _no_hub(repository, error) from error
     siblings = info.siblings or []
     files = [sibling.rfilename for sibling in siblings]
     chosen = set(_chosen(files, repository.kind))
@@ -159,12 +201,8 @@ def _look(api: Any, repository: Repository) -> _Remote:
     return _Remote(repository, info.sha, sorted(chosen), nbytes)
 
 
-def _no_hub(repository: Repository, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"{repository.key}: the Hugging Face Hub cannot be reached for {repository.name} ({reason}); "
-        "run this on a node with internet, or set HF_ENDPOINT to your mirror"
-    )
+def _no_hub(repository: Repository, error: Exception) -> _NoHubError:
+    return _NoHubError(repository, (str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _chosen(files: list[str], kind: str) -> list[str]:
@@ -201,7 +239,7 @@ def _download(remote: _Remote, cache: Path) -> Path:
             allow_patterns=remote.files,
         )
     except OSError as error:
-        raise FetchError(_no_hub(repository, error)) from error
+        raise _no_hub(repository, error) from error
     return Path(folder)
 
 

@@ -30,6 +30,7 @@ _TYPES = (
 # Errors that say several things: how to list them.
 _LISTS: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
     ("hpc_rl.recipe.yaml_source", "RecipeError", lambda error: [str(part) for part in error.problems]),
+    ("hpc_rl.cli._fetch", "FetchError", lambda error: error.problems),
     (
         "hpc_rl.cluster.findings",
         "PreflightError",

@@ -242,18 +242,19 @@ def test_fetch_of_local_paths_downloads_nothing(folder: Path) -> None:
         fetch(loaded, load_site("local"), api=object())
 
 
-def test_fetch_without_a_route_is_one_clear_line(folder: Path) -> None:
-    """The real client against a port where nobody listens."""
+def test_fetch_without_a_route_is_one_clear_line_each(folder: Path) -> None:
+    """The real client against a port where nobody listens; model and data are named, with their lines."""
     from huggingface_hub import HfApi
 
     loaded = load_recipe("gsm8k-grpo")
     site = Site(name="s", paths={"hf_home": str(folder / "hf")})  # type: ignore[arg-type]
     with pytest.raises(FetchError) as caught:
         fetch(loaded, site, api=HfApi(endpoint="http://127.0.0.1:9"))
-    text = str(caught.value)
-    assert text.startswith(
-        "model.path: the Hugging Face Hub cannot be reached for Qwen/Qwen2.5-1.5B-Instruct ("
-    )
-    assert text.endswith("run this on a node with internet, or set HF_ENDPOINT to your mirror")
-    assert "\n" not in text
+    model, data = caught.value.problems
+    says = "the Hugging Face Hub cannot be reached for"
+    assert re.match(rf".*gsm8k-grpo\.yaml:\d+: model\.path: {says} Qwen/Qwen2.5-1.5B-Instruct \(", model)
+    assert re.match(rf".*gsm8k-grpo\.yaml:\d+: data\.train\.path: {says} openai/gsm8k \(", data)
+    for text in (model, data):
+        assert text.endswith("run this on a node with internet, or set HF_ENDPOINT to your mirror")
+        assert "\n" not in text
     assert not (folder / "hf").exists()
