@@ -5,18 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpc_rl.plan.groups import Placement
+from hpc_rl.recipe.checks import parse_time
 from hpc_rl.recipe.load import LoadedRecipe
 from hpc_rl.recipe.schema import Cluster
 
 # What means something to Slurm only. Each role's `nodes` is 1 on one machine; `cpus_per_task` and
 # `gpus_per_node` do count there.
 _SLURM_GROUP = ("nodes", "partition", "account", "qos", "constraint", "mem", "sbatch")
+# Start-up alone (imports, the engine's compilation, loading of weights) takes minutes.
+_WORK_S = 300
 _ROLES = ("controller", "policy", "rollout")
 
 
-def advice(loaded: LoadedRecipe, placement: Placement) -> list[str]:
-    """One line each."""
-    return [*_warmup(loaded), *(_ignored(loaded) if placement == "local" else [])]
+def advice(loaded: LoadedRecipe, placement: Placement, *, here: bool = False) -> list[str]:
+    """One line each. `here`: inside an allocation, which has a time of its own."""
+    if placement == "local":
+        return [*_warmup(loaded), *_ignored(loaded)]
+    return [*_warmup(loaded), *([] if here else _time(loaded))]
+
+
+def _time(loaded: LoadedRecipe) -> Iterator[str]:
+    """An attempt that is told to stop before it has done anything is requeued, and does it again."""
+    cluster = loaded.recipe.cluster
+    left = parse_time(cluster.time) * 60 - cluster.signal_seconds
+    if left < _WORK_S:
+        where = loaded.problem("", "cluster", "signal_seconds").where
+        yield (
+            f"{where}: cluster.time {cluster.time} less cluster.signal_seconds {cluster.signal_seconds} "
+            f"leaves {left} s to work; start-up alone takes minutes, so the job may be requeued again and "
+            "again without a step: raise cluster.time or lower cluster.signal_seconds"
+        )
 
 
 def _warmup(loaded: LoadedRecipe) -> Iterator[str]:

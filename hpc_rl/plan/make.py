@@ -47,7 +47,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
     if recipe.model.lora is not None and recipe.policy.trainer == "fsdp2":
         problems.append(loaded.problem("trainer fsdp2 trains all weights; set it to null", "model", "lora"))
     facts = _facts(loaded, site, problems)
-    warnings = [*sizer.warnings, *advice(loaded, placement)]
+    warnings = [*sizer.warnings, *advice(loaded, placement, here=here)]
     memory = None
     if facts is not None:
         problems += _head_problems(loaded, facts) + _length_problems(loaded, facts)

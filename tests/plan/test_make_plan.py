@@ -82,6 +82,16 @@ def test_a_warmup_that_never_ends_is_a_warning(plan: Make) -> None:
     assert plan("policy.steps=11", "policy.optimizer.warmup_steps=10").warnings == []
 
 
+@pytest.mark.parametrize("placement", ["het", "shared", "local"])
+def test_too_little_time_to_work_is_a_warning_where_slurm_counts(plan: Make, placement: str) -> None:
+    words = [f"cluster.placement={placement}", "policy.parallel.dp_shard=4", "rollout.replicas=4"]
+    words += ["cluster.policy.gpus_per_node=0", "cluster.rollout.gpus_per_node=0"]
+    short = [text for text in plan("cluster.time=00:09:00", *words).warnings if "requeued" in text]
+    assert len(short) == (0 if placement == "local" else 1)
+    assert all("leaves 240 s to work" in text and "cluster.time=00:09:00" in text for text in short)
+    assert not any("requeued" in text for text in plan("cluster.time=00:10:00", *words).warnings)
+
+
 def test_memory_is_what_the_headers_say(plan: Make, model_folder: Folder) -> None:
     folder = model_folder({"a": [1024, 1024], "b": [1024]}, **HEADS)
     made = plan(f"model.path={folder}", "policy.parallel.dp_shard=2")
