@@ -176,7 +176,7 @@ class Sizer:
             cpus_per_task=options.cpus_per_task or 0,  # 0: filled in when all groups are known
             gpus_per_task=gpus_per_task,
             gpus_per_node=(options.gpus_per_node or gpus) if gpus else 0,
-            mem=options.mem or self._mem(gpus),
+            mem=self._mem(options, gpus),
             partition=self._partition(role, options),
             account=options.account or site.account,
             qos=options.qos or site.qos,
@@ -199,8 +199,11 @@ class Sizer:
         group.constraint = None  # the site's constraint is about GPU nodes
         return group
 
-    def _mem(self, gpus: int) -> str | None:
-        """The site's memory of a node, or the share that belongs to `gpus` of its GPUs."""
+    def _mem(self, options: GroupOptions, gpus: int) -> str | None:
+        """The recipe's; else the site's memory of a node, or the share that belongs to `gpus` of its GPUs.
+        In an allocation that exists all steps share what it has: srun refuses a step that asks for more."""
+        if self.here or options.mem is not None:
+            return None if self.here else options.mem
         mem = self.site.mem.per_node
         match = re.match(r"([0-9]+)([KMGT]?)\Z", mem or "")
         if match is None or not gpus or gpus >= self.site_gpus or int(match[1]) == 0:

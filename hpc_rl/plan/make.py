@@ -23,7 +23,7 @@ from hpc_rl.recipe.yaml_source import Problem, RecipeError
 def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
     """Work out groups, mesh and memory. Raises RecipeError; what only looks odd is in `plan.warnings`.
 
-    `here`: the run starts inside an allocation, so partitions mean nothing.
+    `here`: the run starts inside an allocation, so partitions and sizes of memory mean nothing.
     """
     recipe = loaded.recipe
     placement: Placement = recipe.cluster.placement or site.placement

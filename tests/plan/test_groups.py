@@ -252,9 +252,10 @@ def test_what_only_slurm_understands_is_a_warning_under_local(plan: Make) -> Non
 
 
 @pytest.mark.parametrize("placement", ["shared", "het"])
-def test_inside_an_allocation_partitions_mean_nothing(placement: str) -> None:
+def test_inside_an_allocation_partitions_and_memory_mean_nothing(placement: str) -> None:
     loaded = load_recipe("gsm8k-grpo", [f"cluster.placement={placement}", "cluster.policy.partition=huge"])
-    site = Site(name="s", partitions={"policy": "big", "rollout": "small"})
+    loaded.recipe.cluster.policy.mem = "9T"
+    site = Site(name="s", partitions={"policy": "big", "rollout": "small"}, mem={"per_node": "64G"})  # type: ignore[arg-type]
     made = make_plan(loaded, site, here=True)
-    assert [group.partition for group in made.groups] == [None, None]
+    assert [(group.partition, group.mem) for group in made.groups] == [(None, None)] * 2
     assert made.placement == placement
