@@ -66,12 +66,16 @@ class StartRole(_Message):
 
 
 class StopRole(_Message):
-    """End the step of `role`/`index`: SIGTERM to its tasks, SIGKILL after `grace_s` seconds."""
+    """End the step of `role`/`index`: SIGTERM to its tasks, SIGKILL after `grace_s` seconds.
+
+    `lost`: it is given up, and may have died before; what ended it is then still worth a word.
+    """
 
     role: str
     index: int
     grace_s: float
     reason: str
+    lost: bool = False
 
 
 class StepStarted(_Message):

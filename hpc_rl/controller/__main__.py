@@ -8,7 +8,6 @@ from hpc_rl.controller.base import Controller
 from hpc_rl.controller.rl import RlController
 from hpc_rl.controller.sft import SftController
 from hpc_rl.roles import RoleProcess, main
-from hpc_rl.telemetry.run_report import write_run_report
 
 
 def body(role: RoleProcess) -> int:
@@ -25,11 +24,9 @@ def body(role: RoleProcess) -> int:
 
 
 def conclude(controller: Controller, wandb_s: float) -> None:
-    """End W&B and write `report.html` from whatever was measured."""
-    if controller.recorder is None:
-        return
-    controller.recorder.close(wandb_s)
-    write_run_report(controller.run_dir)
+    """End W&B. The supervisor writes `report.html`, when it knows how the attempt ended."""
+    if controller.recorder is not None:
+        controller.recorder.close(wandb_s)
 
 
 if __name__ == "__main__":

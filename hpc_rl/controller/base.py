@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from hpc_rl.bus import messages as m
@@ -28,7 +29,7 @@ TICK_S, STOP_LIMIT_S = 1.0, 60.0
 STEP_LIMIT_S = 3600.0
 
 
-class Controller:
+class Controller(ABC):
     """Runs one attempt. `run()` returns the exit code or raises AttemptFailed."""
 
     replicas = 0
@@ -58,14 +59,15 @@ class Controller:
         self._ticked = 0.0
 
     # --- hooks of the kinds -----------------------------------------------------------------------
+    @abstractmethod
     def begin(self, step: int, info: dict[str, str]) -> None:
         """All policy ranks are ready after `step` steps: set totals, restore state, command on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step_done(self, message: m.StepDone) -> None:
         """Rank 0 finished a step; record it and decide what comes next."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self) -> None:
         """Called after each batch of messages and each tick: start whatever can start."""
 
@@ -75,6 +77,7 @@ class Controller:
 
     def replica_lost(self, replica: Replica) -> None:
         """Take back what a lost replica was doing."""
+        return None  # SFT has none
 
     def handle_other(self, message: m.Message) -> None:
         raise AssertionError(f"the controller has no use for {type(message).__name__}")

@@ -135,7 +135,7 @@ class Members:
         replica.version, replica.receiving = None, False
         LOG.error("lost %s: %s", replica.name, cause)
         self._on_lost(replica)
-        self._send(StopRole("rollout", replica.index, LOST_GRACE_S, f"lost: {cause}"))
+        self._send(StopRole("rollout", replica.index, LOST_GRACE_S, f"lost: {cause}", lost=True))
         if replica.restarts < REPLICA_RESTARTS:
             replica.restarts += 1
             replica.incarnation += 1

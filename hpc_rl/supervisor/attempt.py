@@ -210,7 +210,7 @@ class AttemptLoop:
         if key not in self._steps:
             return
         LOG.info("stopping %s %d: %s", *key, wanted.reason)
-        self._stopping[key] = Stopping(time.monotonic() + wanted.grace_s, wanted.reason.startswith("lost"))
+        self._stopping[key] = Stopping(time.monotonic() + wanted.grace_s, wanted.lost)
         self._ask_to_end(self._steps[key])
 
     def _ask_to_end(self, step: Step) -> None:

@@ -15,8 +15,7 @@ from hpc_rl.telemetry.report import write_report
 def write_run_report(run: RunDir) -> Path:
     """Write `report.html` from metrics, attempts and recipe as they are on disk now.
 
-    The controller writes it at its end, the supervisor again when the attempt is closed: only then its end
-    is known, and a controller that was killed wrote none. Raises RunError or OSError.
+    The supervisor does when an attempt is closed: only then its end is known. Raises RunError or OSError.
     """
     recipe = load_run(run)
     algorithm = recipe.algorithm.get("name") if recipe.algorithm else None

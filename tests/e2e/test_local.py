@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,11 @@ def test_sft_runs_to_its_end_and_the_export_loads(workspace: Path) -> None:
     final = run.root / "safetensors" / "final"
     AutoModelForCausalLM.from_pretrained(final)
     assert AutoTokenizer.from_pretrained(final).decode([32]) == "s"
-    report = (run.root / "report.html").read_text()
+    written = run.root / "report.html"  # just after the attempt is closed
+    deadline = time.monotonic() + 10
+    while not written.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    report = written.read_text()
     assert "<td>done</td><td>0</td>" in report, "the attempt as it ended"
     assert "None" not in report
 

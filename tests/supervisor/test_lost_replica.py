@@ -67,7 +67,7 @@ class World:
     def lose(self, grace_s: float) -> FakeStep:
         """The controller has given up replica 1, and wants it again."""
         self.loop._obey(StartRole("rollout", 1, 1))
-        self.loop._obey(StopRole("rollout", 1, grace_s, "lost: Connection closed by peer"))
+        self.loop._obey(StopRole("rollout", 1, grace_s, "lost: Connection closed by peer", lost=True))
         self.loop._obey(StartRole("rollout", 1, 2))
         return self.started[0]
 
