@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+# What a processor made of the images and videos of one sequence (`pixel_values`, `image_grid_thw`, ...),
+# by the names of the model's forward; without `input_ids` and `attention_mask`.
+Media = dict[str, Tensor]
 
 
 class ModelError(ValueError):
@@ -23,7 +27,9 @@ class ParallelSpec:
     compute_dtype: torch.dtype
     dp_replicate: int = 1
     dp_shard: int = 1
+    tp: int = 1
     activation_checkpointing: bool = False
+    cpu_offload: bool = False
 
     @property
     def data_parallel(self) -> int:
@@ -39,9 +45,16 @@ class ModelAdapter(Protocol):
     module: nn.Module
     folder: Path
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keep: Tensor,
+        media: Sequence[Media | None] | None = None,
+    ) -> Tensor:
         """Logits [N, V] at the positions `keep` [N] of one packed row: sequences of `input_ids` [T]
-        one after the other, `position_ids` [T] starting anew at 0 with each."""
+        one after the other, `position_ids` [T] starting anew at 0 with each. `media` has one entry
+        per sequence of the row (None: all are text)."""
         ...
 
     def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:

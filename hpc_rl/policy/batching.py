@@ -9,23 +9,34 @@ import torch
 from torch import Tensor
 
 from hpc_rl.algorithms.base import TokenBatch
+from hpc_rl.models.base import Media
 from hpc_rl.types import TrainSample
 
 
 @dataclass
 class PackedBatch:
     """`input_ids` and `position_ids` [T] of sequences laid end to end; `keep` [N] are the positions
-    whose next token is trained on, and `tokens` those next tokens."""
+    whose next token is trained on, and `tokens` those next tokens. `media` has one entry per sequence
+    (on the device), or is None where no sequence has any."""
 
     input_ids: Tensor
     position_ids: Tensor
     keep: Tensor
     tokens: TokenBatch
+    media: list[Media | None] | None = None
 
 
-def pack_samples(samples: list[TrainSample], denominator: float, device: torch.device) -> PackedBatch:
-    """One row out of `samples`. Without any trained token the row still has one masked position, because
-    every rank must run a forward and a backward for its peers' collectives."""
+def pack_samples(
+    samples: list[TrainSample],
+    denominator: float,
+    device: torch.device,
+    media: list[Media | None] | None = None,
+) -> PackedBatch:
+    """One row out of `samples`, with the media of each if any has some.
+
+    Without any trained token the row still has one masked position, because every rank must run a
+    forward and a backward for its peers' collectives.
+    """
     ids, positions, keep, targets, sequence, sampler, advantages = [], [], [], [], [], [], []
     start = 0
     for number, sample in enumerate(samples):
@@ -68,4 +79,14 @@ def pack_samples(samples: list[TrainSample], denominator: float, device: torch.d
             sampler_log_probs=put(sampler, torch.float32),
             advantages=put(advantages, torch.float32),
         ),
+        _on(device, media),
     )
+
+
+def _on(device: torch.device, media: list[Media | None] | None) -> list[Media | None] | None:
+    if media is None or not any(media):
+        return None
+    return [
+        None if one is None else {name: value.to(device, non_blocking=True) for name, value in one.items()}
+        for one in media
+    ]

@@ -45,8 +45,10 @@ class Fsdp2Trainer:
         mesh = context.plan.mesh
         check_parallel(mesh.model_dump())
         self.data_parallel = mesh.dp_replicate * mesh.dp_shard
-        if self.data_parallel != self.world_size:
-            raise ValueError(f"a mesh of {self.data_parallel} ranks in {self.world_size} processes")
+        if self.data_parallel * mesh.tp != self.world_size:
+            raise ValueError(f"a mesh of {mesh.world_size} ranks in {self.world_size} processes")
+        # Neighbouring ranks are one tensor-parallel group: they share a node, and they see the same data.
+        self.dp_rank, self.tp = self.rank // mesh.tp, mesh.tp
         self.total_steps = 0
         self.sft: SftData | None = None
         token = f"{context.attempt}.{context.incarnation}"
@@ -69,7 +71,9 @@ class Fsdp2Trainer:
             dtype,
             dp_replicate=mesh.dp_replicate,
             dp_shard=mesh.dp_shard,
+            tp=mesh.tp,
             activation_checkpointing=recipe.policy.activation_checkpointing,
+            cpu_offload=recipe.policy.cpu_offload,
         )
         self.model = build(recipe.model, parallel)
         self.optimizer = make_optimizer(self.model.module, recipe.policy.optimizer)
@@ -116,7 +120,7 @@ class Fsdp2Trainer:
         if command.step != self.step + 1:
             raise ValueError(f"step {command.step} was commanded after step {self.step}")
         if self.sft is not None:
-            micro_batches, denominator = self.sft.micro_batches(command.step, self.rank)
+            micro_batches, denominator = self.sft.micro_batches(command.step, self.dp_rank)
         else:
             micro_batches = [micro_batch.samples for micro_batch in command.micro_batches]
             denominator = command.denominator
@@ -167,7 +171,7 @@ class Fsdp2Trainer:
         return totals, maxima, bad
 
     def _loss(self, batch: PackedBatch) -> LossOutput:
-        logits = self.model.logits(batch.input_ids, batch.position_ids, batch.keep)
+        logits = self.model.logits(batch.input_ids, batch.position_ids, batch.keep, batch.media)
         log_probs, entropy = token_log_probs(
             logits, batch.tokens.targets, self.algorithm.temperature, self.algorithm.needs_entropy
         )
@@ -185,7 +189,8 @@ class Fsdp2Trainer:
         names, tops = sorted(totals), sorted(maxima)
         flags = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         flags[self.rank] = float(bool(bad))
-        sums = torch.cat([torch.stack([totals[name] for name in names]), flags])
+        # The ranks of one tensor-parallel group count the same tokens.
+        sums = torch.cat([torch.stack([totals[name] for name in names]) / self.tp, flags])
         largest = torch.stack([maxima[name].double() for name in tops]) if tops else sums[:0]
         if self.world_size > 1:
             dist.all_reduce(sums)

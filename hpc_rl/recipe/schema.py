@@ -47,14 +47,38 @@ class Section(BaseModel):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters through PEFT; the other weights are frozen (`modules_to_save` excepted).
+
+    `target_modules` are names or patterns as PEFT takes them. `adapter` is a saved adapter to go on from.
+    """
+
+    r: Positive = 16
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    exclude_modules: list[str] = []
+    modules_to_save: list[str] = []
+    use_rslora: bool = False
+    r_pattern: dict[str, Positive] = {}
+    alpha_pattern: dict[str, float] = {}
+    adapter: str | None = None
+    export: Literal["merged", "adapter"] = "merged"
+
+
 class Model(Section):
+    """`train` and `freeze` are regular expressions searched in parameter names (as in memory): with
+    `train`, only parameters that match one are trained; those that match one of `freeze` never are."""
+
     path: str
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    lora: dict[str, Any] | None = None
+    train: list[str] = []
+    freeze: list[str] = []
+    lora: Lora | None = None
 
 
 class DatasetSpec(Section):
@@ -62,14 +86,18 @@ class DatasetSpec(Section):
 
     `template` is a `str.format` string over the row's columns and makes the prompt text;
     without it the `prompt` column is used. `chat` applies the tokenizer's chat template
-    (null: if it has one).
+    (null: if it has one). `train_on` says which messages of a chat are learned: all of the assistant's,
+    or the last one. `overlong` is what happens to rows above `policy.max_length`. Media files are found
+    under `media_path`; without it the rows hold whole paths. `fps` and `max_frames` sample videos.
     """
 
     path: str
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    format: Literal["prompt_answer", "prompt_completion", "chat", "text"] = "prompt_answer"
+    format: Literal["prompt_answer", "prompt_completion", "chat", "text", "llava", "cosmos_reason1"] = (
+        "prompt_answer"
+    )
     prompt: str = "prompt"
     answer: str = "answer"
     completion: str = "completion"
@@ -78,13 +106,28 @@ class DatasetSpec(Section):
     template: str | None = None
     system: str | None = None
     chat: bool | None = None
+    train_on: Literal["assistant", "last"] = "assistant"
+    repair: list[Literal["merge_roles", "move_system", "drop_empty"]] = []
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    media_path: str | None = None
+    images: str = "images"
+    videos: str = "videos"
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+    fps: float = Field(default=2.0, gt=0, le=240)
+    max_frames: Positive = 32
     limit: Positive | None = None
     shuffle: bool = True
 
 
 class Data(Section):
+    """`workers` threads read and encode the next batch while a step runs (0: the step waits for it).
+    `holdout` takes that many rows of `train` for validation where `eval` is null (below 1: a share)."""
+
     train: DatasetSpec
     eval: DatasetSpec | None = None
+    holdout: float = Field(default=0.0, ge=0)
+    workers: NonNegative = 2
 
 
 class PolicyParallel(Section):
@@ -96,21 +139,65 @@ class PolicyParallel(Section):
     ep: Positive = 1
 
 
+class ParameterGroup(Section):
+    """Parameters whose name matches the regular expression `match` (the first group that does wins)."""
+
+    match: str
+    lr: float | None = Field(default=None, ge=0)  # null: the optimizer's
+    weight_decay: float | None = Field(default=None, ge=0)  # null: the optimizer's
+
+
 class Optimizer(Section):
+    """`schedule` after a linear warm-up: constant; linear or cosine down to `min_lr`; or wsd, constant and
+    then linear to `min_lr` over the last `decay_steps` (null: the last tenth of all steps)."""
+
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(default=1e-6, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, ge=0)
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_steps: NonNegative = 0
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)  # of all steps, instead of warmup_steps
+    decay_steps: Positive | None = None
+    min_lr: float = Field(default=0.0, ge=0)
+    groups: list[ParameterGroup] = []
+
+
+class Ema(Section):
+    """An exponential moving average of the trained weights, kept beside them in fp32; exports are of it."""
+
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    start_step: NonNegative = 0
+
+
+class Guard(Section):
+    """When to stop a run that goes wrong: a loss or gradient that is not finite always does; with `spike`,
+    so do `patience` steps in a row whose loss is above `spike` times the median of the last `window`."""
+
+    spike: float | None = Field(default=None, gt=1)
+    window: Annotated[int, Field(ge=2, le=100_000)] = 50
+    patience: Positive = 3
+
+
+class Profile(Section):
+    """torch.profiler over `steps` steps from step `start` on `ranks`; traces go to `<run>/profile/`."""
+
+    start: Steps = 10
+    steps: Positive = 3
+    ranks: list[NonNegative] = [0]
+    memory: bool = False
 
 
 class Policy(Section):
+    """`batch_size` counts sequences; `batch_tokens` makes batches of about so many tokens instead, packed
+    best-fit decreasing into rows of `micro_batch_tokens` as the rows come."""
+
     trainer: str = "fsdp2"
     parallel: PolicyParallel = PolicyParallel()
     batch_size: Positive = 256
+    batch_tokens: Positive | None = None
     micro_batch_tokens: Positive | None = 16384
     micro_batch_size: Positive | None = None
     max_length: Positive | None = None
@@ -118,6 +205,10 @@ class Policy(Section):
     epochs: Positive | None = None
     optimizer: Optimizer = Optimizer()
     activation_checkpointing: bool = False
+    cpu_offload: bool = False
+    ema: Ema | None = None
+    guard: Guard = Guard()
+    profile: Profile | None = None
     trainer_options: dict[str, Any] = {}
 
 
@@ -144,14 +235,53 @@ class Rollout(Section):
     engine_options: dict[str, Any] = {}
 
 
+class HubUpload(Section):
+    """The final export goes to the Hub repository `repo`; a bare name is one of the token's owner."""
+
+    repo: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+    private: bool = True
+
+
+class S3Upload(Section):
+    """Checkpoints and exports go to `s3://bucket/prefix/<run>/`: the last ones (`final`) or `all`.
+
+    Credentials are the four AWS_* variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    AWS_DEFAULT_REGION, and AWS_ENDPOINT_URL where it is not Amazon), named under `cluster.secrets`.
+    """
+
+    bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    prefix: str = "hpc-rl"
+    what: Literal["final", "all"] = "final"
+
+
+def _hub(value: object) -> object:
+    return {"repo": value} if isinstance(value, str) else value
+
+
+def _s3(value: object) -> object:
+    """`s3://bucket/prefix` says the same as a section."""
+    if not isinstance(value, str):
+        return value
+    scheme, _, rest = value.partition("://")
+    if scheme != "s3" or not rest:
+        raise ValueError("must be s3://bucket/prefix, or a section with bucket, prefix and what")
+    bucket, _, prefix = rest.partition("/")
+    return {"bucket": bucket} | ({"prefix": prefix.strip("/")} if prefix.strip("/") else {})
+
+
 class Checkpoint(Section):
+    """`keep_best` keeps the checkpoint with the best validation besides the newest `max_keep`
+    (-1: all). `stage` is a folder on each node's local disk for what is written before it is moved."""
+
     enabled: bool = True
     save_every: Positive = 50
     max_keep: int = Field(default=2, ge=-1)
+    keep_best: bool = True
     mode: Literal["async", "sync"] = "async"
     export: Literal["off", "final", "all"] = "final"
-    upload_hub: str | None = None
-    upload_s3: str | None = None
+    stage: str | None = None
+    upload_hub: Annotated[HubUpload | None, BeforeValidator(_hub)] = None
+    upload_s3: Annotated[S3Upload | None, BeforeValidator(_s3)] = None
 
 
 class Eval(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.base import Media, ModelError, ParallelSpec
 from hpc_rl.models.hf import attention
 from hpc_rl.models.hf.folder import load_config, model_folder, weight_files
 from hpc_rl.models.hf.loading import load_weights, materialise, resolve_names
@@ -31,7 +31,13 @@ class HfModel:
         self.file_dtype = file_dtype
         self.sharded = sharded
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor, keep: Tensor) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keep: Tensor,
+        media: Sequence[Media | None] | None = None,
+    ) -> Tensor:
         """See `ModelAdapter.logits`; the head runs on `keep` only. Our own attention gets the layout
         of the row; others get no mask, and transformers finds the boundaries in `position_ids`."""
         packed: dict[str, Any] = {}
