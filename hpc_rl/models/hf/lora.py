@@ -1,0 +1,216 @@
+"""Low-rank adapters (LoRA, 2106.09685) through PEFT, inside the sharded model.
+
+PEFT puts its layers into the module on meta, before it is sharded, so FSDP shards adapters like all else.
+What PEFT does not do for a sharded module is done here: names of the plain model for loading and for the
+way out, an initialisation that is the same on any number of ranks, W + scale * B A without touching what
+is trained, and the files of the adapter in PEFT's own format.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from hpc_rl.models.base import ModelError
+from hpc_rl.recipe.schema import Lora
+
+LOG = logging.getLogger("hpc_rl.models")
+ADAPTER = "default"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."  # of the names in an adapter file
+_FACTORS = {f"lora_{which}.{ADAPTER}.weight" for which in "AB"}
+
+
+def inject(module: Any, spec: Lora, base: str) -> None:
+    """Put adapters into `module` (on meta, not sharded yet) and freeze the rest. `base` is the recipe's
+    model path, for the adapter's config. Raises ModelError naming the key when the targets do not fit."""
+    try:
+        config = _config(spec, base, module)
+        inject_adapter_in_model(config, module, ADAPTER)
+    except ValueError as error:
+        raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
+    for name, layer in _layers(module):
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            kind = type(layer.get_base_layer()).__name__
+            raise ModelError(
+                f"model.lora.target_modules: {name} is a {kind}; only linear layers can have adapters "
+                "(of experts in one tensor: name the layers of the attention)"
+            )
+    tied = {plain_name(name) for pair in module.all_tied_weights_keys.items() for name in pair}
+    changed = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
+    changed |= {f"{name}.weight" for name, _ in _layers(module)}
+    if tied & changed:
+        raise ModelError(
+            f"model.lora: {', '.join(sorted(tied & changed))} is tied to another weight; "
+            "take it out of target_modules and modules_to_save"
+        )
+
+
+def _config(spec: Lora, base: str, module: Any) -> LoraConfig:
+    if spec.adapter is not None:
+        folder = Path(spec.adapter).expanduser()
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"model.lora.adapter: {folder} has no {CONFIG}")
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        return config
+    return LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # a fraction is as good
+        lora_dropout=spec.dropout,
+        target_modules=_all_linear(module) if spec.target_modules == "all-linear" else spec.target_modules,
+        exclude_modules=spec.exclude_modules or None,
+        modules_to_save=spec.modules_to_save or None,
+        use_rslora=spec.use_rslora,
+        rank_pattern=dict(spec.r_pattern),
+        alpha_pattern=dict(spec.alpha_pattern),
+        base_model_name_or_path=base,
+    )
+
+
+def _all_linear(module: Any) -> list[str]:
+    """Every linear layer but the output head. (PEFT's own "all-linear" takes in experts as well, whose
+    tensors of three dimensions are not linear layers any more.)"""
+    head = module.get_output_embeddings()
+    return [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and part is not head]
+
+
+# --- names ---------------------------------------------------------------------------------------------
+def plain_name(name: str) -> str:
+    """The name of the plain model for a base weight (or a saved copy) of the adapted one."""
+    for infix in (".base_layer.", ".original_module.", f".modules_to_save.{ADAPTER}."):
+        name = name.replace(infix, ".")
+    return name
+
+
+def is_factor(name: str) -> bool:
+    """Whether `name` is an A or B."""
+    return any(name.endswith(factor) for factor in _FACTORS)
+
+
+def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of the adapted module under the plain model's names: no factors; of a module that is
+    saved whole, the trained copy."""
+    plain: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if is_factor(name) or (".original_module." in name and plain_name(name) in plain):
+            continue
+        plain[plain_name(name)] = value
+    return plain
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, LoraLayer))
+
+
+# --- values --------------------------------------------------------------------------------------------
+@torch.no_grad()
+def initialise(module: nn.Module, spec: Lora, seed: int) -> None:
+    """Give the materialised adapters their first values: A uniform as PEFT makes it, B zero, or those of
+    `spec.adapter`. The values are a function of (seed, name): the same on any number of ranks.
+
+    Copies of `modules_to_save` get the loaded weights, so this comes after the base weights.
+    """
+    saved = load_file(Path(spec.adapter).expanduser() / WEIGHTS) if spec.adapter is not None else None
+    for name, parameter in module.named_parameters():
+        if not is_factor(name):
+            continue
+        if saved is not None:
+            key = file_name(name)
+            if key not in saved or saved[key].shape != parameter.shape:
+                shape = list(parameter.shape)
+                raise ModelError(f"model.lora.adapter: {key} of shape {shape} is not in {WEIGHTS}")
+            full = saved[key]
+        elif ".lora_B." in name:
+            full = torch.zeros(parameter.shape)
+        else:
+            generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            full = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+        _fill(parameter, full)
+    for name, wrapper in module.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            _copy_module(name, wrapper, saved)
+
+
+def _copy_module(name: str, wrapper: ModulesToSaveWrapper, saved: dict[str, Tensor] | None) -> None:
+    originals = dict(wrapper.original_module.named_parameters())
+    for key, parameter in wrapper.modules_to_save[ADAPTER].named_parameters():
+        if saved is not None and f"{_PREFIX}{name}.{key}" in saved:
+            _fill(parameter, saved[f"{_PREFIX}{name}.{key}"])
+        else:
+            _local(parameter).copy_(_local(originals[key]))
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value.data
+
+
+def _fill(parameter: Tensor, full: Tensor) -> None:
+    if not isinstance(parameter, DTensor):
+        parameter.data.copy_(full)
+        return
+    size, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    block = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
+    parameter.to_local().copy_(full[block])
+
+
+class Deltas:
+    """scale * B A of every adapted weight, by the plain name of the weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = {f"{name}.weight": layer for name, layer in _layers(module)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._layers
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """`(A [r, in], B [out, r], scale)` of the weight `name` [out, in]."""
+        layer = self._layers[name]
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, float(layer.scaling[ADAPTER])
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + scale * B A in fp32, as PEFT's `merge_and_unload` computes it."""
+    return weight.float() + (b.float() @ a.float()) * scale
+
+
+# --- the adapter's own files -----------------------------------------------------------------------------
+def file_name(name: str) -> str:
+    """The name in an adapter file of a factor, or of a weight of a module that is saved whole."""
+    return _PREFIX + name.replace(f".modules_to_save.{ADAPTER}.", ".").replace(
+        f".{ADAPTER}.weight", ".weight"
+    )
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """What an adapter file holds, by the names in it; references to the (sharded) parameters."""
+    return {
+        file_name(name): p
+        for name, p in module.named_parameters()
+        if is_factor(name) or f".modules_to_save.{ADAPTER}." in name
+    }
+
+
+def write_adapter(folder: Path, module: Any, tensors: dict[str, Tensor]) -> None:
+    """Write `tensors` (full, by the names of the file) and the config into `folder`, as PEFT loads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    config = module.peft_config[ADAPTER]
+    kept, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = kept
