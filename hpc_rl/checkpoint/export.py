@@ -1,153 +1,266 @@
-"""Safetensors that `from_pretrained` and vLLM load as they are: streamed, sharded at 4 GB, atomic.
+"""Safetensors that `from_pretrained` and vLLM load as they are: written in place, at most 4 GB each, atomic.
 
-The weights come bucket by bucket from a weight source (the live policy, or a checkpoint on disk), under
-the names of the checkpoint file. At most two files' worth of tensors is in memory: one being
-collected, one being written. The folder appears under its name when everything in it is synced.
+Each rank writes its own bytes directly into the final files (`export_parts.py` says which). What holds up
+the training is one copy of them into a host buffer that is kept; a thread writes from there: `pwrite` and
+`fsync` let go of the interpreter. Nothing in the background communicates: each rank leaves a report beside
+the files, and rank 0 adds config and tokenizer when all are there, and renames the folder.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+import msgspec
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from hpc_rl.checkpoint.layout import sync_folder
+from hpc_rl.checkpoint.export_folder import describe, publish, write_header
+from hpc_rl.checkpoint.export_parts import ExportError, Layout, Part, Source, lay_out, parts, signature
+from hpc_rl.checkpoint.layout import write_atomic
 
-SHARD_BYTES = 4_000_000_000
-BUCKET_BYTES = 512 << 20
-# What goes along with the weights: everything that describes the model, its words and its sampling.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.model",
-    "*processor_config.json",
-    "*.py",
-    "LICENSE*",
-)
+__all__ = ["Export", "ExportError", "Exporter", "Source", "write_now"]
+
+LOG = logging.getLogger("hpc_rl.checkpoint")
+FILE_BYTES = 4_000_000_000
+ALIGN = 64
+POLL_S = 0.005
 
 
-class Source(Protocol):
-    def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]: ...
+class Report(msgspec.Struct):
+    """What one rank wrote, or why it could not: read by rank 0."""
+
+    nbytes: int = 0
+    error: str = ""
 
 
-class ExportError(RuntimeError):
-    """The export could not be written."""
+@dataclass(frozen=True)
+class _Slot:
+    """`nbytes` of the buffer, from `at`, belong to `start` of file number `file`."""
+
+    at: int
+    nbytes: int
+    file: int
+    start: int
 
 
 class Export:
-    """One export under way. `feed` on all ranks (gathering is collective), then `join` on rank 0.
-
-    `model` is the folder of the model that was trained (config and tokenizer are copied from it),
-    `tokenizer` another folder for the tokenizer, or None.
-    """
+    """One export under way, or done. `model` is the folder of the model that was trained (config and
+    tokenizer are copied from it), `tokenizer` another folder for the tokenizer, or None."""
 
     def __init__(self, target: Path, model: Path, tokenizer: Path | None, dtype: torch.dtype) -> None:
         self.target, self.model, self.tokenizer, self.dtype = target, model, tokenizer, dtype
-        self.folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
         self.error: str | None = None
-        self._shards: queue.Queue[dict[str, Tensor] | None] = queue.Queue(maxsize=1)
-        self._thread = threading.Thread(target=self._write_all, name="export", daemon=True)
-
-    def feed(self, source: Source) -> None:
-        """Copy the weights out of `source`; writing goes on in a thread. Training may go on afterwards."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self._thread.start()
-        shard: dict[str, Tensor] = {}
-        nbytes = 0
-        for bucket in source.buckets(BUCKET_BYTES):
-            for name, tensor in bucket:
-                size = tensor.numel() * tensor.element_size()
-                if shard and nbytes + size > SHARD_BYTES:
-                    self._put(shard)
-                    shard, nbytes = {}, 0
-                # A copy: the original is a view of something larger, or what training changes next.
-                shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-                nbytes += size
-        self._put(shard)
-        self._put(None)
+        self.seconds = 0.0
+        self._began = time.monotonic()
+        self._ended = threading.Event()
 
     @property
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def join(self, timeout_s: float) -> Path:
         """Wait for the files; the finished folder. Raises ExportError."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        if not self._ended.wait(timeout_s):
             raise ExportError(f"{self.target} was not written within {timeout_s:.0f} s")
         if self.error is not None:
             raise ExportError(self.error)
         return self.target
 
-    def _put(self, shard: dict[str, Tensor] | None) -> None:
-        """Hand over, unless the writer has failed: then gathering goes on for the other ranks' sake."""
-        while self.error is None:
-            try:
-                return self._shards.put(shard, timeout=0.2)
-            except queue.Full:
+    def end(self, error: str | None = None) -> None:
+        self.error, self.seconds = error, time.monotonic() - self._began
+        self._ended.set()
+
+
+@dataclass(frozen=True)
+class _Job:
+    export: Export
+    layout: Layout
+    slots: list[_Slot]
+    folder: Path
+
+
+class Exporter:
+    """One per rank. `token` tells the folders of this start apart from those of an earlier one.
+
+    One export per rank is staged at a time: the next one waits until the buffer has been written.
+    """
+
+    def __init__(self, rank: int, world_size: int, token: str, timeout_s: float = 1800.0) -> None:
+        self.rank, self.world_size, self.token, self.timeout_s = rank, world_size, token, timeout_s
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._layout: tuple[tuple[object, ...], Layout] | None = None
+        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._written = threading.Event()  # the buffer is free
+        self._written.set()
+        self._thread: threading.Thread | None = None
+
+    def stage(self, source: Source, export: Export) -> Export:
+        """Copy this rank's part of `source` and start writing it; training may go on afterwards.
+
+        All ranks call it in the same order. Raises ExportError when the one before is not written in time.
+        """
+        if not self._written.wait(self.timeout_s):
+            raise ExportError(f"rank {self.rank} has not written the export before {export.target} yet")
+        layout = self._layout_of(source)
+        slots = self._copy(source, layout)
+        self._written.clear()
+        # The same on all ranks and never used twice: nobody has to wait for a fresh folder.
+        folder = export.target.with_name(f".{export.target.name}.{self.token}.partial")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="export", daemon=True)
+            self._thread.start()
+        self._jobs.put(_Job(export, layout, slots, folder))
+        return export
+
+    def close(self) -> None:
+        """End the thread; what it has been given is written first, within the limit."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(self.timeout_s)
+            self._thread = None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    # --- staging -----------------------------------------------------------------------------------
+    def _layout_of(self, source: Source) -> Layout:
+        key = signature(source)
+        if self._layout is None or self._layout[0] != key:
+            self._layout = (key, lay_out(source, self.rank, self.world_size, FILE_BYTES))
+        return self._layout[1]
+
+    def _copy(self, source: Source, layout: Layout) -> list[_Slot]:
+        needed = layout.nbytes + ALIGN * layout.count
+        slots = []
+        at, on_device = 0, False
+        for part in parts(source, layout, self.rank):
+            if self._buffer.numel() < needed:  # kept: fresh pages cost far more than the copy
+                self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=part.tensor.is_cuda)
+            slot = _Slot(at, part.tensor.numel() * part.dtype.itemsize, part.file, part.start)
+            room = self._buffer[at : at + slot.nbytes].view(part.dtype).view(part.tensor.shape)
+            room.copy_(part.tensor, non_blocking=True)
+            on_device |= part.tensor.is_cuda
+            slots.append(slot)
+            at += -(-slot.nbytes // ALIGN) * ALIGN
+        if on_device:
+            torch.cuda.synchronize()
+        return slots
+
+    # --- in the background ---------------------------------------------------------------------------
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            report = self._write(job)
+            self._written.set()
+            if self.rank != 0:
+                job.export.end(report.error or None)
                 continue
+            try:
+                if report.error:
+                    raise ExportError(f"rank 0: {report.error}")
+                self._finish(job)
+                job.export.end()
+            except (OSError, ValueError, ExportError) as error:
+                shutil.rmtree(job.folder, ignore_errors=True)
+                job.export.end(str(error))
 
-    def _write_all(self) -> None:
+    def _write(self, job: _Job) -> Report:
+        report = Report()
         try:
-            files: list[tuple[Path, dict[str, int]]] = []
-            while (shard := self._shards.get()) is not None:
-                path = self.folder / f"part-{len(files)}.safetensors"
-                save_file(shard, path, metadata={"format": "pt"})
-                files.append((path, {n: t.numel() * t.element_size() for n, t in shard.items()}))
-            self._name(files)
-            self._describe()
-            self._publish()
+            job.folder.mkdir(parents=True, exist_ok=True)
+            if self.rank == 0:
+                for file in job.layout.plan.files:
+                    write_header(job.folder, file)
+            memory = self._buffer.numpy().data
+            blocks = ((s.file, s.start, memory[s.at : s.at + s.nbytes]) for s in job.slots)
+            report.nbytes = _write_blocks(job.folder, job.layout, blocks)
         except OSError as error:
-            self.error = f"{type(error).__name__}: {error}"
-            shutil.rmtree(self.folder, ignore_errors=True)
+            report.error = f"{type(error).__name__}: {error}"
+        try:
+            write_atomic(job.folder / self._report(self.rank), msgspec.json.encode(report).decode())
+        except OSError as error:
+            LOG.error("export: rank %d could not say how it went (%s): %s", self.rank, report, error)
+            report.error = report.error or f"{type(error).__name__}: {error}"
+        return report
 
-    def _name(self, files: list[tuple[Path, dict[str, int]]]) -> None:
-        if len(files) == 1:
-            files[0][0].rename(self.folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, (path, sizes) in enumerate(files, 1):
-            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            path.rename(self.folder / name)
-            weight_map.update(dict.fromkeys(sizes, name))
-        total = sum(size for _, sizes in files for size in sizes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    def _report(self, rank: int) -> str:
+        return f".rank_{rank}.json"
 
-    def _describe(self) -> None:
-        config = json.loads((self.model / "config.json").read_text())
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(self.dtype).removeprefix("torch.")
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for folder in (self.model, self.tokenizer):
-            for pattern in COMPANIONS if folder is not None else ():
-                for path in folder.glob(pattern):  # type: ignore[union-attr]
-                    if path.is_file():
-                        shutil.copyfile(path, self.folder / path.name)
+    def _finish(self, job: _Job) -> None:
+        """On rank 0: wait for the others, check that every byte was written, publish."""
+        reports = [job.folder / self._report(rank) for rank in range(self.world_size)]
+        deadline = time.monotonic() + self.timeout_s
+        while not all(report.is_file() for report in reports):
+            late = [rank for rank, report in enumerate(reports) if not report.is_file()]
+            if time.monotonic() > deadline:
+                raise ExportError(
+                    f"policy ranks {late} have not written their part of {job.export.target} "
+                    f"within {self.timeout_s:.0f} s"
+                )
+            time.sleep(POLL_S)
+        found = [msgspec.json.decode(report.read_bytes(), type=Report) for report in reports]
+        errors = [f"rank {rank}: {report.error}" for rank, report in enumerate(found) if report.error]
+        if errors:
+            raise ExportError("; ".join(errors))
+        _check_filled(job.layout, sum(report.nbytes for report in found))
+        for report in reports:
+            report.unlink()
+        export = job.export
+        describe(job.folder, job.layout.plan, export.model, export.tokenizer, export.dtype)
+        publish(job.folder, export.target)
 
-    def _publish(self) -> None:
-        for path in self.folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(self.folder)
-        old = self.target.with_name(f".{self.target.name}.{os.getpid()}.old")
-        if self.target.exists():  # of an attempt that was rolled back
-            os.replace(self.target, old)
-        os.replace(self.folder, self.target)
-        sync_folder(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+
+def write_now(source: Source, export: Export, folder: Path) -> Path:
+    """Write all of `source` from this one process, a layer at a time, to `folder` and then `export.target`.
+
+    No more than a layer is in memory. Raises ExportError.
+    """
+    layout = lay_out(source, 0, 1, FILE_BYTES)
+    try:
+        folder.mkdir(parents=True)
+        for file in layout.plan.files:
+            write_header(folder, file)
+        blocks = ((part.file, part.start, _bytes_of(part)) for part in parts(source, layout, 0))
+        _check_filled(layout, _write_blocks(folder, layout, blocks))
+        describe(folder, layout.plan, export.model, export.tokenizer, export.dtype)
+        publish(folder, export.target)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ExportError(f"{type(error).__name__}: {error}") from error
+    return export.target
+
+
+def _bytes_of(part: Part) -> memoryview:
+    flat = part.tensor.to("cpu", part.dtype).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_blocks(folder: Path, layout: Layout, blocks: Iterable[tuple[int, int, memoryview]]) -> int:
+    """Write `(file number, start, bytes)` in place and sync the files; the number of bytes."""
+    handles: dict[int, int] = {}
+    nbytes = 0
+    try:
+        for file, start, data in blocks:
+            if file not in handles:
+                path = folder / layout.plan.files[file].name
+                handles[file] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            nbytes += len(data)
+            while data:  # one call writes 2 GiB at most
+                written = os.pwrite(handles[file], data, start)
+                data, start = data[written:], start + written
+        for handle in handles.values():
+            os.fsync(handle)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    return nbytes
+
+
+def _check_filled(layout: Layout, nbytes: int) -> None:
+    planned = layout.plan.nbytes - sum(len(file.header) for file in layout.plan.files)
+    if nbytes != planned:
+        raise ExportError(f"{nbytes} bytes of tensors were written, {planned} were planned")

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hpc_rl.checkpoint.export import Export, ExportError
-from hpc_rl.checkpoint.loader import load_into, tensors_of
+from hpc_rl.checkpoint.export import Export, ExportError, write_now
+from hpc_rl.checkpoint.loader import load_into
 from hpc_rl.models.hf.folder import model_folder
 from hpc_rl.models.hf.model import HfModel, skeleton
 from hpc_rl.run.paths import RunDir
 from hpc_rl.run.settings import load_run
 
-WRITE_LIMIT_S = 3600.0
-
 
 class CheckpointModel(HfModel):
-    """A weight source that reads its tensors from a `policy/` checkpoint, one layer at a time."""
+    """An export's source that reads its tensors from a `policy/` checkpoint, one layer at a time."""
 
     checkpoint: Path
 
-    def gather(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
-        saved = tensors_of(self.checkpoint)
-        full = {}
-        for name, parameter in unit.items():
-            key = f"model.{name}"
-            dtype = saved[key].properties.dtype if key in saved else parameter.dtype
-            full[key] = torch.empty(parameter.shape, dtype=dtype)
-        load_into(self.checkpoint, full)
-        names = {key: key.removeprefix("model.") for key in full}
-        return {
-            names[key]: value.to(self.file_dtype) if value.is_floating_point() else value
-            for key, value in full.items()
-        }
+    def current(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = {f"model.{name}": torch.empty(t.shape, dtype=t.dtype) for name, t in unit.items()}
+        load_into(self.checkpoint, values)
+        return {name: values[f"model.{name}"] for name in unit}
 
 
 def export_checkpoint(run_dir: RunDir, step: int | None, out: Path) -> Path:
@@ -58,5 +48,4 @@ def export_checkpoint(run_dir: RunDir, step: int | None, out: Path) -> Path:
     tokenizer = model_folder(recipe.model.tokenizer) if recipe.model.tokenizer is not None else None
     out.parent.mkdir(parents=True, exist_ok=True)
     export = Export(out, folder, tokenizer, source.file_dtype)
-    export.feed(source)
-    return export.join(WRITE_LIMIT_S)
+    return write_now(source, export, out.with_name(f".{out.name}.{os.getpid()}.partial"))

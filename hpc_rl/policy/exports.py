@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.bus.messages import ModelExported
-from hpc_rl.checkpoint.export import Export, ExportError
+from hpc_rl.checkpoint.export import Export, Exporter, ExportError
 from hpc_rl.models.hf.folder import model_folder
 from hpc_rl.models.hf.model import HfModel
 from hpc_rl.recipe.schema import Model
@@ -25,29 +25,32 @@ class _Running:
 
 
 class Exports:
-    """Gathering is collective and done when `start` returns; writing goes on in rank 0's background."""
+    """Every rank copies and writes its own rows; rank 0 reports. `token` names this start of the ranks."""
 
-    def __init__(self, spec: Model, rank: int) -> None:
+    def __init__(self, spec: Model, rank: int, world_size: int, token: str) -> None:
         self.spec, self.rank = spec, rank
+        self._exporter = Exporter(rank, world_size, token, EXPORT_LIMIT_S)
         self._running: list[_Running] = []
 
     def start(self, model: HfModel, step: int, label: str, folder: Path) -> None:
-        """Write safetensors of `model`'s weights to `folder`. A collective."""
+        """Stage `model`'s weights; they are written to `folder` in the background. All ranks call it in
+        the same order: what is not sharded by rows is gathered here."""
         began = time.monotonic()
-        if self.rank != 0:
-            for _ in model.buckets(512 << 20):
-                pass
-            return
         tokenizer = model_folder(self.spec.tokenizer) if self.spec.tokenizer is not None else None
         export = Export(folder, model.folder, tokenizer, model.file_dtype)
-        export.feed(model)
-        self._running.append(_Running(step, label, began, export))
+        self._running.append(_Running(step, label, began, self._exporter.stage(model, export)))
 
     def ended(self, wait_s: float = 0.0) -> Iterator[ModelExported]:
-        """Those that are done; with `wait_s` all of them, each waited for that long at most."""
+        """Those that are done; with `wait_s` all of them, each waited for that long at most. On ranks
+        other than 0 it only waits: rank 0 knows of their failures."""
         for entry in [entry for entry in self._running if wait_s > 0 or entry.export.done]:
             self._running.remove(entry)
-            yield _result(entry, wait_s)
+            result = _result(entry, wait_s)
+            if self.rank == 0:
+                yield result
+
+    def close(self) -> None:
+        self._exporter.close()
 
 
 def _result(entry: _Running, wait_s: float) -> ModelExported:

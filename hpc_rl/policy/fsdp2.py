@@ -48,7 +48,7 @@ class Fsdp2Trainer:
         self.sft: SftData | None = None
         token = f"{context.attempt}.{context.incarnation}"
         self.saver = Saver(self.rank, self.world_size, token)
-        self.exports = Exports(self.recipe.model, self.rank)
+        self.exports = Exports(self.recipe.model, self.rank, self.world_size, token)
         self._saved: list[SaveResult] = []  # ended, not reported yet
         self.step = 0
 
@@ -167,6 +167,7 @@ class Fsdp2Trainer:
 
     def close(self) -> None:
         self.saver.close()
+        self.exports.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -34,8 +34,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_live_and_offline_exports_equal_save_pretrained(
     family: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
-    monkeypatch.setattr(module, "BUCKET_BYTES", 100_000)
+    monkeypatch.setattr(module, "FILE_BYTES", shard_bytes)
     folder = save_tokenizer(save_model(tmp_path / "model", family))
     recipe = make_recipe(tmp_path, folder, steps=2)
     run = make_run(tmp_path, recipe, make_plan(recipe))
@@ -82,9 +81,8 @@ def test_exports_that_cannot_be_are_errors(tmp_path: Path) -> None:
         export_checkpoint(run, 3, tmp_path / "out")
     trainer = Fsdp2Trainer(make_context(run, recipe))
     trainer.load()
-    (run.safetensors).chmod(0o700)
-    target = tmp_path / "file"
-    target.write_text("a file where the parent folder should be")
-    with pytest.raises(NotADirectoryError):
-        trainer.export(0, "x", target / "x")
+    (tmp_path / "file").write_text("a file where the parent folder should be")
+    trainer.export(0, "x", tmp_path / "file" / "x")
+    (failed,) = [message for message in trainer.finish() if isinstance(message, ModelExported)]
+    assert "NotADirectoryError" in failed.error
     trainer.close()

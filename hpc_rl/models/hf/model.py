@@ -66,7 +66,7 @@ class HfModel:
 
         bucket: list[tuple[str, Tensor]] = []
         nbytes = 0
-        for unit in self._units():
+        for unit in self.units():
             size = sum(p.numel() for p in unit.values()) * self.file_dtype.itemsize
             if bucket and nbytes + size > max_bytes:
                 yield bucket
@@ -81,13 +81,14 @@ class HfModel:
         from transformers.core_model_loading import revert_weight_conversion
 
         names: list[str] = []
-        for unit in self._units():
+        for unit in self.units():
             empty = {name: torch.empty(p.shape, device="meta") for name, p in unit.items()}
             names += revert_weight_conversion(self.module, empty)
         return names
 
-    def _units(self) -> list[dict[str, Tensor]]:
-        """Parameters by layer, and those outside of layers by the module that holds them."""
+    def units(self) -> list[dict[str, Tensor]]:
+        """Parameters by layer, and those outside of layers by the module that holds them: what a file
+        holds, under the names in memory, sharded as it is."""
         prefixes = [f"{name}." for name, _ in layers(self.module)]
         units: dict[str, dict[str, Tensor]] = {}
         persistent = set(self.module.state_dict())
@@ -97,6 +98,22 @@ class HfModel:
                 home = next((p for p in prefixes if name.startswith(p)), name.rpartition(".")[0])
                 units.setdefault(home, {})[name] = value
         return list(units.values())
+
+    # --- a `checkpoint.export.Source` -----------------------------------------------------------------
+    def current(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values of `unit` to export, sharded as they are."""
+        return unit
+
+    def dtype_in_file(self, name: str, tensor: Tensor) -> torch.dtype:
+        """Buffers stay as they are: those in a file (a router's fp32 bias) are fp32 because it matters."""
+        is_weight = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()
+        return self.file_dtype if is_weight else tensor.dtype
+
+    def to_file(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Full tensors by name in memory, as the files have them."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self.module, unit))
 
     @torch.no_grad()
     def gather(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
