@@ -65,6 +65,8 @@ NO_TORCH_MODULES = [
     "hpc_rl.data.prompts",
     "hpc_rl.algorithms.advantages",
     "hpc_rl.checkpoint.layout",
+    "hpc_rl.checkpoint.manifest",
+    "hpc_rl.checkpoint.writer",
 ]
 HEAVY = ("torch", "transformers", "vllm")
 

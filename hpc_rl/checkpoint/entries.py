@@ -10,23 +10,22 @@ from __future__ import annotations
 import msgspec
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 class Piece(msgspec.Struct):
-    """A block of tensor `name`: `shape` at `offset` of the whole (`size`). `at` is its place, in bytes,
-    in the staging buffer; `file`, `start`, `length` say where it was written."""
+    """A block of tensor `name`: `shape` at `offset` of the whole (`size`). `file`, `start`, `length` say
+    where its item is; its own bytes begin at `at` of the file, and of the staging buffer alike."""
 
     name: str
     dtype: str
@@ -83,28 +82,15 @@ def per_rank(name: str, rank: int) -> bool:
     return name.endswith(f"_{rank}") and name.rpartition("_")[0] in ("rng", "rng_cuda")
 
 
-def save_plan(pieces: list[Piece], prefix: str) -> SavePlan:
-    """DCP's write plan for these pieces; file names start with `prefix`."""
-    items = []
-    for piece in pieces:
-        chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape))
-        properties = TensorProperties(dtype=piece.torch_dtype)
-        data = TensorWriteData(chunk, properties, torch.Size(piece.size))
-        index = MetadataIndex(piece.name, torch.Size(piece.offset))
-        items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-    return SavePlan(items, storage_data=_StoragePrefix(prefix))
-
-
-def metadata_of(ranks: list[list[Piece]]) -> tuple[Metadata, list[list[WriteResult]]]:
-    """DCP's metadata and write results for the written pieces of all ranks.
+def metadata_of(ranks: list[list[Piece]]) -> Metadata:
+    """DCP's metadata for the written pieces of all ranks.
 
     Raises ValueError when the pieces of a tensor do not make it up exactly.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
-    results: list[list[WriteResult]] = []
+    storage: dict[MetadataIndex, _StorageInfo] = {}
     filled: dict[str, int] = {}
     for pieces in ranks:
-        written = []
         for piece in pieces:
             size = torch.Size(piece.size)
             entry = tensors.setdefault(
@@ -116,12 +102,15 @@ def metadata_of(ranks: list[list[Piece]]) -> tuple[Metadata, list[list[WriteResu
                 )
             index = MetadataIndex(piece.name, torch.Size(piece.offset), len(entry.chunks))
             entry.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.shape)))
-            written.append(
-                WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length))
-            )
+            storage[index] = _StorageInfo(piece.file, piece.start, piece.length)
             filled[piece.name] = filled.get(piece.name, 0) + torch.Size(piece.shape).numel()
-        results.append(written)
     for name, count in filled.items():
         if count != tensors[name].size.numel():
             raise ValueError(f"{name}: {count} of {tensors[name].size.numel()} elements were written")
-    return Metadata(state_dict_metadata=dict(tensors)), results
+    return Metadata(
+        state_dict_metadata=dict(tensors),
+        planner_data={name: (name,) for name in tensors},  # what torch's own converters look up
+        storage_data=storage,
+        storage_meta=StorageMeta(),
+        version=CURRENT_DCP_VERSION,
+    )

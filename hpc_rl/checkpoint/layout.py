@@ -3,7 +3,9 @@
     checkpoints/step_00000100/{policy/, controller/, COMPLETE}
 
 A folder counts when it holds `COMPLETE`, which appears by an atomic rename after everything below has
-been synced. A folder without it is partial: still being written, or what a crash left behind.
+been synced, and no `BAD`. A folder without COMPLETE is partial: being written, or left by a crash.
+Nothing is removed unless a newer complete checkpoint has superseded it; the exceptions are said at
+`clear_failed` and `clear_dead`.
 """
 
 from __future__ import annotations
@@ -12,12 +14,19 @@ import json
 import os
 import re
 import shutil
-import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
-COMPLETE = "COMPLETE"
+from hpc_rl.checkpoint.manifest import BAD, COMPLETE, mark_bad, verify
+from hpc_rl.checkpoint.manifest import sync_folder as sync_folder
+from hpc_rl.checkpoint.manifest import write_atomic as write_atomic
+from hpc_rl.checkpoint.manifest import write_complete as _write_complete
+
 _STEP = re.compile(r"^step_(\d{8,})$")
+_ASIDE = re.compile(r"^\.aside-step_(\d{8,})-\d+$")
 _GOING = ".deleting-"
+SCORES = "scores.json"
 
 
 def step_of(folder: Path) -> int | None:
@@ -26,49 +35,14 @@ def step_of(folder: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` durable (a rename is only in memory until then)."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `path` so that it is there whole and durable, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
 def write_complete(folder: Path) -> None:
-    """Declare the checkpoint in `folder` complete. Syncs all its files and folders first.
-
-    Raises ValueError if the policy's part is not there.
-    """
-    policy = folder / "policy"
-    if not (policy / ".metadata").is_file():
-        raise ValueError(f"{folder} has no finished policy part (policy/.metadata); it cannot be complete")
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            handle = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        sync_folder(Path(parent))
-    write_atomic(folder / COMPLETE, json.dumps({"step": step_of(folder), "time": time.time()}) + "\n")
-    sync_folder(folder.parent)
+    """Declare the checkpoint in `folder` complete. Raises ValueError if it is not (`manifest`)."""
+    _write_complete(folder, step_of(folder))
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Complete checkpoint folders, oldest first."""
-    return [folder for folder in _folders(checkpoints) if (folder / COMPLETE).is_file()]
+    """Complete checkpoint folders that nobody found bad, oldest first."""
+    return [folder for folder in _folders(checkpoints) if _complete(folder)]
 
 
 def latest_complete(checkpoints: Path) -> Path | None:
@@ -82,27 +56,144 @@ def partial_checkpoints(checkpoints: Path) -> list[Path]:
     return [folder for folder in _folders(checkpoints) if not (folder / COMPLETE).is_file()]
 
 
-def retain(checkpoints: Path, max_keep: int) -> list[Path]:
-    """Remove superseded checkpoints; the removed folders.
+@dataclass
+class Choice:
+    """The newest good checkpoint, and the newer ones that are not, with the reason."""
+
+    folder: Path | None = None
+    bad: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def choose(checkpoints: Path, *, checksums: bool = False) -> Choice:
+    """The newest complete checkpoint that verifies. Changes nothing on disk (see `reject`)."""
+    choice = Choice()
+    for folder in reversed(complete_checkpoints(checkpoints)):
+        reason = verify(folder, checksums=checksums)
+        if not reason:
+            choice.folder = folder
+            break
+        choice.bad.append((folder, reason))
+    return choice
+
+
+def reject(folder: Path, reason: str) -> None:
+    """Leave a bad checkpoint where it is, marked so that nobody chooses it again.
+
+    What was trained after it is rolled back from now on: an attempt that continues from it after another
+    one continued from an older one would train steps twice.
+    """
+    mark_bad(folder, reason)
+
+
+# --- making room -----------------------------------------------------------------------------------------
+def claim(folder: Path) -> None:
+    """Make way for a new save at `folder`. What lies there (partial, or bad) is moved aside, and goes when
+    the new one is complete: a writer of an earlier attempt that is still at it writes into the old folder."""
+    if not folder.exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f".aside-{folder.name}-{number}")).exists():
+        number += 1
+    os.replace(folder, aside)
+    sync_folder(folder.parent)
+
+
+def supersede(
+    checkpoints: Path,
+    max_keep: int,
+    *,
+    protected: Collection[int] = (),
+    writing: Collection[int] = (),
+) -> list[Path]:
+    """Take superseded checkpoints out of the way (by rename, at once); their former paths.
 
     The newest `max_keep` complete ones stay (-1: all; the newest one stays whatever `max_keep` is), and
-    with them everything newer than the newest complete one, which may be in writing. Partial folders older
-    than that are removed: a complete checkpoint has superseded them.
+    the `protected` steps. Partial, bad and aside-moved ones go when a complete one of the same or a later
+    step is there, unless they are `writing`. Folders with other names are not ours.
     """
     complete = complete_checkpoints(checkpoints)
     if not complete:
         return []
-    gone = [] if max_keep < 0 else complete[: -max(1, max_keep)]
     newest = step_of(complete[-1]) or 0
-    gone += [folder for folder in partial_checkpoints(checkpoints) if (step_of(folder) or 0) < newest]
+    old = [] if max_keep < 0 else complete[: -max(1, max_keep)]
+    gone = [folder for folder in old if step_of(folder) not in protected]
+    gone += [
+        folder
+        for folder in _folders(checkpoints)
+        if not _complete(folder) and (step_of(folder) or 0) < newest and step_of(folder) not in writing
+    ]
+    gone += [folder for step, folder in _asides(checkpoints) if step <= newest]
     for folder in gone:
-        # Renamed first: a crash in the middle of the removal must not leave half a complete checkpoint.
-        going = folder.with_name(_GOING + folder.name)
-        os.replace(folder, going)
-        shutil.rmtree(going)
-    for rest in checkpoints.glob(f"{_GOING}*"):  # of a crash in the middle of an earlier removal
-        shutil.rmtree(rest)
+        _take(folder)
     return gone
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove what was taken out of the way, by this process or by one that was killed while at it."""
+    for rest in checkpoints.glob(f"{_GOING}*"):
+        shutil.rmtree(rest, ignore_errors=True)  # another sweep may be at it; the next one finds the rest
+
+
+def retain(
+    checkpoints: Path, max_keep: int, *, protected: Collection[int] = (), writing: Collection[int] = ()
+) -> list[Path]:
+    """`supersede` and `sweep`; the removed folders."""
+    gone = supersede(checkpoints, max_keep, protected=protected, writing=writing)
+    sweep(checkpoints)
+    return gone
+
+
+def clear_failed(folder: Path) -> None:
+    """Remove what is left of a save of this attempt that has failed: it may be what fills the disk."""
+    if folder.exists() and not (folder / COMPLETE).exists():
+        _take(folder)
+
+
+def clear_dead(checkpoints: Path, writing: Collection[int]) -> list[Path]:
+    """Remove partial folders that no process can finish any more, where there is no room for a new save.
+
+    The caller holds the run: what is not in `writing` belongs to an earlier attempt. Without COMPLETE it can
+    never be restored, and it may be just what keeps every later save from having room.
+    """
+    dead = [folder for folder in partial_checkpoints(checkpoints) if step_of(folder) not in writing]
+    dead += [folder for _, folder in _asides(checkpoints) if not (folder / COMPLETE).is_file()]
+    for folder in dead:
+        _take(folder)
+    return dead
+
+
+def _take(folder: Path) -> None:
+    # Renamed first: a crash in the middle of the removal must not leave half a complete checkpoint.
+    number = 0
+    while (going := folder.with_name(f"{_GOING}{number}-{folder.name}")).exists():
+        number += 1
+    os.replace(folder, going)
+
+
+# --- the best one ------------------------------------------------------------------------------------------
+def read_scores(checkpoints: Path) -> dict[int, float]:
+    """Validation loss (lower is better) by step, as far as it was recorded."""
+    try:
+        found = json.loads((checkpoints / SCORES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {int(step): float(value) for step, value in found.items()}
+
+
+def write_scores(checkpoints: Path, scores: dict[int, float]) -> None:
+    write_atomic(checkpoints / SCORES, json.dumps({str(step): value for step, value in scores.items()}))
+
+
+def best_step(checkpoints: Path) -> int | None:
+    """The complete checkpoint with the lowest recorded validation loss; the earlier one of equals."""
+    scores = read_scores(checkpoints)
+    there = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
+    known = [step for step in there if step is not None and step in scores]
+    return min(known, key=lambda step: (scores[step], step), default=None)
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / COMPLETE).is_file() and not (folder / BAD).exists()
 
 
 def _folders(checkpoints: Path) -> list[Path]:
@@ -110,3 +201,8 @@ def _folders(checkpoints: Path) -> list[Path]:
         return []
     found = [entry for entry in checkpoints.iterdir() if step_of(entry) is not None and entry.is_dir()]
     return sorted(found, key=lambda folder: step_of(folder) or 0)
+
+
+def _asides(checkpoints: Path) -> list[tuple[int, Path]]:
+    found = [(_ASIDE.match(entry.name), entry) for entry in checkpoints.iterdir()]
+    return [(int(match.group(1)), entry) for match, entry in found if match]
