@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,12 +18,16 @@ from hpc_rl.models.base import ParallelSpec
 from hpc_rl.models.hf.folder import load_tokenizer
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
 from hpc_rl.policy import process_group
+from hpc_rl.policy.ema import WeightAverage
 from hpc_rl.policy.exports import EXPORT_LIMIT_S, Exports
-from hpc_rl.policy.optimizer import clip_gradients, learning_rate, make_optimizer
+from hpc_rl.policy.guard import SpikeGuard, name_samples
+from hpc_rl.policy.optimizer import clip_gradients, make_optimizer, schedule_factor, set_rates
+from hpc_rl.policy.profiling import StepProfiler
 from hpc_rl.policy.sft_data import SftData, total_steps
-from hpc_rl.policy.state import restore, training_state
-from hpc_rl.policy.step import Ranks, StepRunner
-from hpc_rl.policy.trainer import TrainerContext
+from hpc_rl.policy.state import TrainingState
+from hpc_rl.policy.step import Ranks, Reduced, SampleId, StepRunner, Totals
+from hpc_rl.policy.throughput import StepTimer, throughput_of
+from hpc_rl.policy.trainer import BadStepError, NonFiniteError, SpikeError, TrainerContext
 from hpc_rl.recipe.extensions import registry
 
 
@@ -33,6 +38,7 @@ class Fsdp2Trainer:
     optimizer: torch.optim.Optimizer
     algorithm: Algorithm
     runner: StepRunner
+    ema: WeightAverage | None = None
 
     def __init__(self, context: TrainerContext) -> None:
         self.context, self.recipe = context, context.recipe
@@ -49,6 +55,7 @@ class Fsdp2Trainer:
         token = f"{context.attempt}.{context.incarnation}"
         self.saver = Saver(self.rank, self.world_size, token)
         self.exports = Exports(self.recipe.model, self.rank, self.world_size, token)
+        self.guard = SpikeGuard(self.recipe.policy.guard)
         self._saved: list[SaveResult] = []  # ended, not reported yet
         self.step = 0
 
@@ -75,11 +82,17 @@ class Fsdp2Trainer:
         self.algorithm = self._make_algorithm()
         ranks = Ranks(self.rank, self.world_size, self.data_parallel, self.tp, self.device)
         self.runner = StepRunner(self.model, self.algorithm, ranks, self.model.sharded)
+        if recipe.policy.ema is not None:
+            self.ema = WeightAverage(self.model.module, recipe.policy.ema)
+        self.timer = StepTimer(self.device)
+        self.throughput = throughput_of(self.model, self.device, recipe.model.dtype, self.world_size)
+        profiles = self.context.run_dir.root / "profile"
+        self.profiler = StepProfiler(recipe.policy.profile, profiles, self.rank, self.device)
         self._count_steps()
         newest = self.context.run_dir.latest_complete()
         if newest is not None:
             folder = self.context.run_dir.checkpoint(newest) / "policy"
-            self.step = restore(folder, self.model.module, self.optimizer, self.rank)
+            self.step = self._state(0).restore(folder)
         return self.step
 
     def info(self) -> dict[str, str]:
@@ -88,6 +101,7 @@ class Fsdp2Trainer:
             "parameters": str(self.model.num_parameters()),
             "model": type(self.model.module).__name__,
             "device": str(self.device),
+            "eval_rows": str(self.sft.eval_rows if self.sft is not None else 0),
         }
 
     def _make_algorithm(self) -> Algorithm:
@@ -101,8 +115,10 @@ class Fsdp2Trainer:
         policy, spec = self.recipe.policy, self.recipe.data.train
         if self.recipe.kind == "sft":
             rows = load_rows(spec, self.context.run_dir.root)
-            tokenizer = load_tokenizer(self.recipe.model)
-            self.sft = SftData(rows, spec, tokenizer, policy, self.recipe.seed, self.data_parallel)
+            tokenizer, held = load_tokenizer(self.recipe.model), self.recipe.data.eval
+            held_out = None if held is None else (load_rows(held, self.context.run_dir.root), held)
+            seed = self.recipe.seed
+            self.sft = SftData(rows, spec, tokenizer, policy, seed, self.data_parallel, held_out)
             self.total_steps = self.sft.total_steps
         elif policy.steps is not None:
             self.total_steps = policy.steps
@@ -116,6 +132,8 @@ class Fsdp2Trainer:
     def train_step(self, command: TrainStep) -> dict[str, float]:
         if command.step != self.step + 1:
             raise ValueError(f"step {command.step} was commanded after step {self.step}")
+        self.profiler.before(command.step)
+        self.timer.begin()
         if self.sft is not None:
             micro_batches, denominator = self.sft.micro_batches(command.step, self.dp_rank)
         else:
@@ -124,17 +142,69 @@ class Fsdp2Trainer:
             if denominator == 0:  # nothing to train on, on any rank: not even momentum may move the weights
                 self.step = command.step
                 return {"train/skipped": 1.0}
-        rate = learning_rate(self.recipe.policy.optimizer, command.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.timer.mark("data")
         totals = self.runner.forward_backward(micro_batches, denominator)
-        parameters = list(self.model.module.parameters())
-        norm = clip_gradients(parameters, self.recipe.policy.optimizer.clip_norm)
-        metrics = self.runner.reduce(totals, norm, command.step)
+        self.timer.mark("forward_backward")
+        options = self.recipe.policy.optimizer
+        norm = clip_gradients(list(self.model.module.parameters()), options.clip_norm)
+        reduced = self.runner.reduce(totals, norm)
+        self.timer.mark("reduce")
+        self._check(command.step, totals, reduced)
+        factor = schedule_factor(options, command.step, self.total_steps)
+        set_rates(self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step = command.step
-        return metrics | {"train/lr": rate}
+        if self.ema is not None:
+            self.ema.update(self.step)
+        self.timer.mark("optimizer")
+        metrics = reduced.metrics() | {"train/lr": options.lr * factor} | self.timer.metrics()
+        metrics |= self.throughput.metrics(reduced.sums, self.timer.seconds())
+        self.profiler.after(command.step)
+        return metrics
+
+    def _check(self, step: int, totals: Totals, reduced: Reduced) -> None:
+        """Before any weight is changed. All ranks see the same numbers, and stop together or not at all.
+
+        Raises NonFiniteError or SpikeError.
+        """
+        kind: type[BadStepError] = NonFiniteError
+        if reduced.bad_ranks:
+            what, samples = "the loss is not finite", totals.bad_samples()
+        elif not reduced.finite:
+            what, samples = "the gradient is not finite (the losses are)", totals.all_samples()
+        else:
+            verdict = self.guard.judge(reduced.sums["loss"])
+            if verdict is None:
+                return
+            kind, what, samples = SpikeError, verdict, totals.all_samples()
+        raise kind(f"step {step}: {what}; {self._blame(self.runner.gather_samples(samples))}")
+
+    def _blame(self, samples: list[SampleId]) -> str:
+        """The samples of a bad step in words, with their rows, and where the run can go on from."""
+        words = f"samples {name_samples(samples)}"
+        if self.sft is not None and samples:
+            rows = sorted({self.sft.row(ordinal) for ordinal, _ in samples})
+            words += f" (rows {name_samples([(row, 0) for row in rows])} of {self.recipe.data.train.path})"
+        newest = self.context.run_dir.latest_complete()
+        kept = "there is no checkpoint" if newest is None else "the newest complete checkpoint is "
+        return f"{words}; {kept}{self.context.run_dir.checkpoint(newest) if newest is not None else ''}"
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        if step != self.step:
+            raise ValueError(f"an evaluation at step {step} was commanded after step {self.step}")
+        assert self.sft is not None, "only SFT has a validation loss; RL evaluates by its rewards"
+        with self._averaged():
+            return self.runner.evaluate(self.sft.eval_micro_batches(self.dp_rank))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights, if the recipe asks for an average."""
+        if self.ema is None:
+            yield
+            return
+        with self.ema.swapped():
+            yield
 
     # --- weights, checkpoints, exports ---------------------------------------------------------------
     def source(self) -> HfModel:
@@ -143,15 +213,18 @@ class Fsdp2Trainer:
     def stage_checkpoint(self, step: int, folder: Path, sync: bool) -> float:
         if step != self.step:
             raise ValueError(f"a checkpoint of step {step} was commanded after step {self.step}")
-        state = training_state(self.model.module, self.optimizer, step, self.rank)
         began = time.monotonic()
-        self.saver.stage(step, folder, state)
+        self.saver.stage(step, folder, self._state(step).tensors())
         if sync:
             self._saved = self.saver.wait()
         return time.monotonic() - began
 
+    def _state(self, step: int) -> TrainingState:
+        return TrainingState(self.model.module, self.optimizer, self.ema, self.guard, step, self.rank)
+
     def export(self, step: int, label: str, folder: Path) -> None:
-        self.exports.start(self.model, step, label, folder)
+        with self._averaged():
+            self.exports.start(self.model, step, label, folder)
 
     def poll(self) -> Iterator[CheckpointSaved | ModelExported]:
         saved, self._saved = [*self._saved, *self.saver.poll()], []

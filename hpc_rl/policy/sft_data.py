@@ -6,6 +6,7 @@ than telling each other the lengths, and leaves no collective in the data path.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from hpc_rl.data.encode import encode_completion
@@ -20,8 +21,16 @@ class SftData:
     """Sequences of the recipe's training data, `batch_size` per step."""
 
     def __init__(
-        self, rows: Rows, spec: DatasetSpec, tokenizer: Any, policy: Policy, seed: int, data_parallel: int
+        self,
+        rows: Rows,
+        spec: DatasetSpec,
+        tokenizer: Any,
+        policy: Policy,
+        seed: int,
+        data_parallel: int,
+        held_out: tuple[Rows, DatasetSpec] | None = None,
     ) -> None:
+        self._held_out = held_out
         self._rows, self._spec, self._tokenizer = rows, spec, tokenizer
         self._policy, self._seed, self._data_parallel = policy, seed, data_parallel
         self.total_steps = total_steps(policy, len(rows))
@@ -34,25 +43,48 @@ class SftData:
         for ordinal in step_ordinals(step, self._policy.batch_size):
             if self._end is not None and ordinal >= self._end:
                 break
-            _, row = row_of(ordinal, len(self._rows), self._seed, self._spec.shuffle)
-            where = f"{self._rows.name}: row {row}"
-            ids, mask = encode_completion(self._tokenizer, self._rows[row], self._spec, where)
-            if self._policy.max_length is not None:
-                ids, mask = ids[: self._policy.max_length], mask[: self._policy.max_length]
-            zeros = [0.0] * len(ids)
-            found.append(TrainSample(ordinal, 0, ids, mask, zeros, zeros))
+            found.append(self._sample(ordinal, self._rows, self.row(ordinal), self._spec))
         return found
+
+    def _sample(self, ordinal: int, rows: Rows, row: int, spec: DatasetSpec) -> TrainSample:
+        ids, mask = encode_completion(self._tokenizer, rows[row], spec, f"{rows.name}: row {row}")
+        if self._policy.max_length is not None:
+            ids, mask = ids[: self._policy.max_length], mask[: self._policy.max_length]
+        zeros = [0.0] * len(ids)
+        return TrainSample(ordinal, 0, ids, mask, zeros, zeros)
+
+    def row(self, ordinal: int) -> int:
+        """The row of the data that the sample with this ordinal is made of."""
+        return row_of(ordinal, len(self._rows), self._seed, self._spec.shuffle)[1]
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of validation data."""
+        return 0 if self._held_out is None else len(self._held_out[0])
+
+    def eval_micro_batches(self, rank: int) -> Iterator[list[TrainSample]]:
+        """The validation data of data-parallel rank `rank` in file order, the same at every evaluation.
+
+        Every rank gets equally many micro-batches; an empty one still takes part in collectives.
+        """
+        assert self._held_out is not None
+        rows, spec = self._held_out
+        samples = [self._sample(row, rows, row, spec) for row in range(len(rows))]
+        for indices in self._deal(samples)[rank]:
+            yield [samples[i] for i in indices]
 
     def micro_batches(self, step: int, rank: int) -> tuple[list[list[TrainSample]], float]:
         """`(micro-batches of data-parallel rank `rank`, trained tokens of the whole step)`."""
         samples = self.samples(step)
+        tokens = float(sum(sum(sample.loss_mask) for sample in samples))
+        return [[samples[i] for i in indices] for indices in self._deal(samples)[rank]], tokens
+
+    def _deal(self, samples: list[TrainSample]) -> list[list[list[int]]]:
+        """Indices of `samples`, by rank and micro-batch."""
         lengths = [len(sample.token_ids) for sample in samples]
         if self._policy.micro_batch_size is not None:
-            plan = pack_fixed(lengths, self._policy.micro_batch_size, self._data_parallel)
-        else:
-            plan = pack(lengths, self._policy.micro_batch_tokens or max(lengths), self._data_parallel)
-        tokens = float(sum(sum(sample.loss_mask) for sample in samples))
-        return [[samples[i] for i in indices] for indices in plan[rank]], tokens
+            return pack_fixed(lengths, self._policy.micro_batch_size, self._data_parallel)
+        return pack(lengths, self._policy.micro_batch_tokens or max(lengths), self._data_parallel)
 
 
 def total_steps(policy: Policy, rows: int, per_row: int = 1) -> int:

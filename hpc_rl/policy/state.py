@@ -1,69 +1,101 @@
-"""What a checkpoint of the policy holds, as flat names: model, optimizer, step, every rank's RNG.
+"""What a checkpoint of the policy holds, as flat names: model, optimizer, averages, step, every rank's RNG.
 
-    model.<parameter or buffer>    optim.<parameter>.<exp_avg | exp_avg_sq | step>
-    step    rng_<rank>    rng_cuda_<rank>
+    model.<parameter or buffer>    optim.<parameter>.<exp_avg | exp_avg_sq | step>    ema.<parameter>
+    guard    step    rng_<rank>    rng_cuda_<rank>
 
-Tensors only; learning rates and the like come from the recipe and the step.
+Tensors only; learning rates and the like come from the recipe and the step. Optimizer state goes by the
+parameter's name, so that the recipe's parameter groups may change between save and resume.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from hpc_rl.checkpoint.loader import load_into, tensors_of
+from hpc_rl.policy.ema import WeightAverage
+from hpc_rl.policy.guard import SpikeGuard
 from hpc_rl.policy.optimizer import create_state
 
-
-def training_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, step: int, rank: int
-) -> dict[str, Tensor]:
-    """References to the live tensors (RNG states and the step are copies)."""
-    saved = set(module.state_dict())
-    named = dict(module.named_parameters())  # ties once
-    state: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
-    state |= {f"model.{name}": b for name, b in module.named_buffers() if name in saved}
-    for name, parameter in named.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                state[f"optim.{name}.{key}"] = value
-    state["step"] = torch.tensor(step)
-    state[f"rng_{rank}"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state[f"rng_cuda_{rank}"] = torch.cuda.get_rng_state()
-    return state
+LOG = logging.getLogger("hpc_rl.policy")
 
 
-def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> int:
-    """Fill module, optimizer and RNG from `folder` (saved by any number of ranks); the step.
+@dataclass
+class TrainingState:
+    """Everything that a step changes. `ema` and `guard` may be None."""
 
-    A rank that the saving run did not have keeps its fresh RNG. Raises CheckpointError.
-    """
-    create_state(optimizer)
-    state = training_state(module, optimizer, 0, rank)
-    optional = frozenset(name for name in state if name.startswith("rng_"))
-    optional |= _without_state(module, optimizer, folder)
-    loaded = load_into(folder, state, optional=optional)
-    if f"rng_{rank}" in loaded:
-        torch.set_rng_state(state[f"rng_{rank}"])
-    if f"rng_cuda_{rank}" in loaded:
-        torch.cuda.set_rng_state(state[f"rng_cuda_{rank}"])
-    return int(state["step"].item())
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: WeightAverage | None
+    guard: SpikeGuard | None
+    step: int
+    rank: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """References to the live tensors (RNG states, the guard's window and the step are copies)."""
+        saved = set(self.module.state_dict())
+        named = dict(self.module.named_parameters())  # ties once
+        state: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
+        state |= {f"model.{name}": b for name, b in self.module.named_buffers() if name in saved}
+        for name, parameter in named.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    state[f"optim.{name}.{key}"] = value
+        if self.ema is not None:
+            state |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
+        if self.guard is not None:
+            state |= self.guard.state()
+        state["step"] = torch.tensor(self.step)
+        state[f"rng_{self.rank}"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            state[f"rng_cuda_{self.rank}"] = torch.cuda.get_rng_state()
+        return state
+
+    def restore(self, folder: Path) -> int:
+        """Fill everything from `folder` (saved by any number of ranks); the step.
+
+        A rank that the saving run did not have keeps its fresh RNG. An average or a guard's window that is
+        not in the checkpoint (or another size) starts anew. Raises CheckpointError.
+        """
+        create_state(self.optimizer)
+        state, saved = self.tensors(), tensors_of(folder)
+        optional = {name for name in state if name.startswith("rng_")}
+        optional |= _without_state(self.module, self.optimizer, set(saved))
+        averages = {name for name in state if name.startswith("ema.")}
+        fresh_average = bool(averages) and not averages & set(saved)
+        if fresh_average:
+            LOG.warning("%s has no averaged weights: policy.ema starts from the weights there", folder)
+            optional |= averages
+        if "guard" in state and ("guard" not in saved or saved["guard"].size != state["guard"].shape):
+            LOG.warning("%s has no losses for policy.guard (or another window): it starts anew", folder)
+            del state["guard"]
+        loaded = load_into(folder, state, optional=frozenset(optional))
+        if self.ema is not None and fresh_average:
+            self.ema.restart()
+        if self.guard is not None and "guard" in loaded:
+            self.guard.restore(state)
+        if f"rng_{self.rank}" in loaded:
+            torch.set_rng_state(state[f"rng_{self.rank}"])
+        if f"rng_cuda_{self.rank}" in loaded:
+            torch.cuda.set_rng_state(state[f"rng_cuda_{self.rank}"])
+        return int(state["step"].item())
 
 
-def _without_state(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> frozenset[str]:
-    """Forget the fresh optimizer state of parameters that have none in `folder`; its names.
+def _without_state(module: nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> set[str]:
+    """Forget the fresh optimizer state of parameters that have none among the saved `names`; its names.
 
     The optimizer makes state at a parameter's first gradient. Some never get one: a vision tower that
     trains on text alone, an expert that no token went to.
     """
-    saved = {name.rpartition(".")[0] for name in tensors_of(folder) if name.startswith("optim.")}
+    saved = {name.rpartition(".")[0] for name in names if name.startswith("optim.")}
     forgotten: set[str] = set()
     if not saved:
-        return frozenset()  # no state at all is no accident of the data: the load below says what lacks
+        return forgotten  # no state at all is no accident of the data: the load says what lacks
     for name, parameter in module.named_parameters():
         if f"optim.{name}" not in saved:
             forgotten |= {f"optim.{name}.{key}" for key in optimizer.state.pop(parameter, {})}
-    return frozenset(forgotten)
+    return forgotten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,8 +14,9 @@ from hpc_rl.algorithms.base import Algorithm, LossOutput
 from hpc_rl.algorithms.log_probs import token_log_probs
 from hpc_rl.models.base import ModelAdapter
 from hpc_rl.policy.batching import PackedBatch, pack_samples
-from hpc_rl.policy.trainer import NonFiniteError
 from hpc_rl.types import TrainSample
+
+SampleId = tuple[int, int]  # ordinal, number of the sample of that prompt
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,64 @@ class Ranks:
 
 @dataclass
 class Totals:
-    """Sums and maxima of this rank over its micro-batches, and the samples whose loss is not finite."""
+    """Sums and maxima of this rank over its micro-batches; `losses` has one scalar per micro-batch.
+
+    `counts` are known without looking at a tensor: sequences, tokens that go in, squared lengths.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
-    bad: list[str] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    samples: list[list[SampleId]] = field(default_factory=list)
 
-    def add(self, output: LossOutput, sequences: int) -> None:
+    def add(self, output: LossOutput, samples: list[TrainSample]) -> None:
+        self.losses.append(output.loss.detach())
         for name, value in output.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
         for name, value in output.maxima.items():
             self.maxima[name] = torch.maximum(self.maxima.get(name, value), value).detach()
-        count = torch.tensor(float(sequences), dtype=torch.float64, device=output.loss.device)
-        self.sums["sequences"] = self.sums.get("sequences", 0.0) + count
+        lengths = [len(sample.token_ids) for sample in samples]
+        squares = sum(length * length for length in lengths)
+        counted = (("sequences", len(lengths)), ("input_tokens", sum(lengths)), ("squares", squares))
+        for name, count in counted:
+            self.counts[name] = self.counts.get(name, 0.0) + count
+        self.samples.append([(sample.ordinal, sample.sample) for sample in samples])
+
+    def all_samples(self) -> list[SampleId]:
+        return [sample for samples in self.samples for sample in samples]
+
+    def bad_samples(self) -> list[SampleId]:
+        """The samples of the micro-batches whose loss is not finite."""
+        found = torch.nonzero(~torch.isfinite(torch.stack(self.losses))).flatten().tolist()
+        return [sample for number in found for sample in self.samples[number]]
+
+
+@dataclass
+class Reduced:
+    """A step's numbers over all ranks: `sums` (with the counts and `loss`), `maxima`, the gradient's norm.
+
+    `bad_ranks` had a loss that is not finite.
+    """
+
+    sums: dict[str, float]
+    maxima: dict[str, float]
+    grad_norm: float
+    bad_ranks: list[int]
+
+    @property
+    def finite(self) -> bool:
+        return not self.bad_ranks and math.isfinite(self.grad_norm)
+
+    def metrics(self) -> dict[str, float]:
+        """By slash name. Sums of the algorithm become means over the trained tokens."""
+        totals = ("loss", "tokens", "sequences", "input_tokens")
+        tokens = max(self.sums["tokens"], 1.0)
+        found = {f"train/{name}": self.sums[name] for name in totals} | {"train/grad_norm": self.grad_norm}
+        for name, value in self.sums.items():
+            if name not in totals and name != "squares":
+                found[f"train/{name}"] = value / tokens
+        return found | {f"train/{name}": value for name, value in self.maxima.items()}
 
 
 class StepRunner:
@@ -52,60 +99,86 @@ class StepRunner:
         self.model, self.algorithm, self.ranks, self.sharded = model, algorithm, ranks, sharded
 
     def forward_backward(self, micro_batches: list[list[TrainSample]], denominator: float) -> Totals:
-        """Gradients of all micro-batches, and the totals of this rank."""
-        totals, losses = Totals(), []
+        """Gradients of all micro-batches, and the totals of this rank. Waits for no number of the device."""
+        totals = Totals()
         for number, samples in enumerate(micro_batches):
             if self.sharded:
                 # HSDP: replicas agree once, after the last micro-batch.
                 self.model.module.set_requires_all_reduce(number == len(micro_batches) - 1)
-            output = self._loss(pack_samples(samples, denominator, self.ranks.device))
+            batch = pack_samples(samples, denominator, self.ranks.device)
+            output = self.algorithm.loss(batch.tokens, *self._log_probs(batch))
             # FSDP averages over the data-parallel ranks; our shares of the loss add up.
             (output.loss * (self.ranks.data_parallel if self.sharded else 1)).backward()
-            losses.append(output.loss.detach())
-            totals.add(output, len(samples))
-        stacked = torch.stack(losses)
-        totals.sums["loss"] = stacked.double().sum()
-        totals.bad = [
-            f"{sample.ordinal}.{sample.sample}"
-            for number in torch.nonzero(~torch.isfinite(stacked)).flatten().tolist()
-            for sample in micro_batches[number]
-        ]
+            totals.add(output, samples)
         return totals
 
-    def _loss(self, batch: PackedBatch) -> LossOutput:
+    def _log_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         logits = self.model.logits(batch.input_ids, batch.position_ids, batch.keep, batch.media)
-        log_probs, entropy = token_log_probs(
+        return token_log_probs(
             logits, batch.tokens.targets, self.algorithm.temperature, self.algorithm.needs_entropy
         )
-        return self.algorithm.loss(batch.tokens, log_probs, entropy)
 
-    def reduce(self, totals: Totals, norm: Tensor, step: int) -> dict[str, float]:
-        """Totals over all ranks as metrics. Raises NonFiniteError on every rank if any has a bad loss."""
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[list[TrainSample]]) -> dict[str, float]:
+        """Mean negative log-likelihood per trained token, over all ranks; every rank has equally many
+        micro-batches. Gradients, RNG and the optimizer stay as they are."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        module = self.model.module
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        module.eval()
+        with torch.random.fork_rng(devices):
+            for samples in micro_batches:
+                batch = pack_samples(samples, 1.0, self.ranks.device)
+                log_probs, _ = self._log_probs(batch)
+                kept = torch.where(batch.tokens.mask > 0, log_probs, torch.zeros_like(log_probs))
+                sums += torch.stack([kept.double().sum(), batch.tokens.mask.double().sum()])
+        if self.sharded:
+            module.reshard()  # a forward without backward leaves the root's parameters whole
+        module.train()
+        if self.ranks.world_size > 1:
+            dist.all_reduce(sums)
+        total, tokens = (sums / self.ranks.tp).tolist()
+        loss = -total / max(tokens, 1.0)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/tokens": tokens}
+
+    def reduce(self, totals: Totals, norm: Tensor) -> Reduced:
+        """Totals over all ranks. The one point of a step where the host waits for the device."""
         ranks = self.ranks
         names, tops = sorted(totals.sums), sorted(totals.maxima)
+        losses = torch.stack(totals.losses)
         flags = torch.zeros(ranks.world_size, dtype=torch.float64, device=ranks.device)
-        flags[ranks.rank] = float(bool(totals.bad))
+        flags[ranks.rank] = (~torch.isfinite(losses)).any().double()
+        counts = torch.tensor(list(totals.counts.values()), dtype=torch.float64).to(ranks.device)
+        own = torch.stack([*(totals.sums[name] for name in names), losses.double().sum()])
         # The ranks of one tensor-parallel group count the same tokens.
-        sums = torch.cat([torch.stack([totals.sums[name] for name in names]) / ranks.tp, flags])
+        sums = torch.cat([own / ranks.tp, counts / ranks.tp, flags])
         largest = torch.stack([totals.maxima[name].double() for name in tops]) if tops else sums[:0]
         if ranks.world_size > 1:
             dist.all_reduce(sums)
             if tops:
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        values = dict(zip(names, sums.tolist(), strict=False))
-        grad_norm = float(norm)
-        culprits = torch.nonzero(sums[len(names) :]).flatten().tolist()
-        if culprits or not math.isfinite(grad_norm):
-            what = f"samples {', '.join(totals.bad[:16])}" if totals.bad else f"policy rank(s) {culprits}"
-            if not culprits:
-                what = "the gradient only (the losses are finite)"
-            raise NonFiniteError(f"step {step}: the loss is not finite; in {what}")
-        tokens = max(values["tokens"], 1.0)
-        metrics = {"train/loss": values["loss"], "train/grad_norm": grad_norm}
-        metrics["train/tokens"] = values["tokens"]
-        metrics["train/sequences"] = values["sequences"]
-        for name in names:
-            if name not in ("loss", "tokens", "sequences"):
-                metrics[f"train/{name}"] = values[name] / tokens
-        metrics |= {f"train/{name}": value for name, value in zip(tops, largest.tolist(), strict=True)}
-        return metrics
+        values = torch.cat([sums, largest, norm.double().reshape(1).to(sums.device)]).tolist()
+        keys = [*names, "loss", *totals.counts]
+        after = len(keys) + ranks.world_size
+        return Reduced(
+            sums=dict(zip(keys, values, strict=False)),
+            maxima=dict(zip(tops, values[after:], strict=False)),
+            grad_norm=values[-1],
+            bad_ranks=[rank for rank, flag in enumerate(values[len(keys) : after]) if flag],
+        )
+
+    def gather_samples(self, samples: list[SampleId]) -> list[SampleId]:
+        """Those of all ranks, without repeats. A collective; for the words of a failure."""
+        ranks = self.ranks
+        if ranks.world_size == 1:
+            return sorted(set(samples))
+        count = torch.tensor([len(samples)], device=ranks.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        own = torch.full((int(count), 2), -1, dtype=torch.int64, device=ranks.device)
+        if samples:
+            own[: len(samples)] = torch.tensor(samples, device=ranks.device)
+        everyone = [torch.empty_like(own) for _ in range(ranks.world_size)]
+        dist.all_gather(everyone, own)
+        found = {(int(a), int(b)) for part in everyone for a, b in part.tolist()}
+        return sorted(found - {(-1, -1)})

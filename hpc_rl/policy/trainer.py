@@ -19,8 +19,16 @@ from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the message names the samples."""
+class BadStepError(RuntimeError):
+    """A step that must not change the weights; the message names its samples and the newest checkpoint."""
+
+
+class NonFiniteError(BadStepError):
+    """The loss or its gradient is NaN or infinite."""
+
+
+class SpikeError(BadStepError):
+    """The loss stayed far above that of the steps before (`policy.guard`)."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,18 @@ class Trainer(Protocol):
         ...
 
     def info(self) -> dict[str, str]:
-        """What `PolicyReady` says of it (`parameters`, ...)."""
+        """What `PolicyReady` says of it (`total_steps`, `parameters`, `eval_rows`, ...)."""
         ...
 
     def train_step(self, command: TrainStep) -> dict[str, float]:
         """Run one optimizer step; metrics by slash name, equal on all ranks.
 
-        Raises NonFiniteError, after which the state is not to be used."""
+        Raises BadStepError before any weight is changed."""
+        ...
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The validation loss after `step` (`eval/loss`, ...), equal on all ranks. Changes nothing of the
+        training. Only commanded where `info` has `eval_rows` above 0."""
         ...
 
     def source(self) -> Any:

@@ -19,6 +19,7 @@ from tests.training import make_context, make_plan, make_recipe, make_run
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
 TARGET, PROMPT, ANSWER, GROUP = 40, [5, 6, 7], 4, 32
+WORDS = r"step 1: the loss is not finite; samples 0\.2, 0\.3; there is no checkpoint$"
 
 
 def make_trainer(folder: Path, model: Path, **algorithm: object) -> Fsdp2Trainer:
@@ -107,7 +108,7 @@ def test_a_nan_names_its_samples(tiny_model: Path, tmp_path: Path) -> None:
     samples, _ = make_samples(sample(trainer, 1.0))
     samples[3].advantages[-1] = float("nan")
     command = TrainStep(1, [MicroBatch(samples[:2]), MicroBatch(samples[2:4])], 16.0)
-    with pytest.raises(NonFiniteError, match=r"step 1: the loss is not finite; in samples 0\.2, 0\.3$"):
+    with pytest.raises(NonFiniteError, match=WORDS):
         trainer.train_step(command)
     trainer.close()
 
