@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+
+from hpc_rl.checkpoint.reader import RangeReader
 
 
 class CheckpointError(RuntimeError):
@@ -20,8 +25,10 @@ def tensors_of(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Names of the tensors in `folder` (a `policy/` folder) with their sizes and dtypes."""
     try:
         metadata = FileSystemReader(folder).read_metadata()
-    except (FileNotFoundError, EOFError) as error:
+    except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no finished checkpoint: {error}") from error
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error}") from error
     return {
         name: entry
         for name, entry in metadata.state_dict_metadata.items()
@@ -33,8 +40,8 @@ def load_into(folder: Path, state: dict[str, Tensor], optional: frozenset[str] =
     """Fill the tensors of `state` in place from `folder`; the names that were loaded.
 
     Sharded tensors may be sharded in any other way than when they were saved; each rank reads only what
-    it holds. Names in `optional` may be absent. Raises CheckpointError for a missing name or a size
-    that differs.
+    it holds. Names in `optional` may be absent. Raises CheckpointError for a missing name, a size that
+    differs, or files that cannot be read.
     """
     saved = tensors_of(folder)
     missing = sorted(name for name in state if name not in saved and name not in optional)
@@ -48,5 +55,16 @@ def load_into(folder: Path, state: dict[str, Tensor], optional: frozenset[str] =
             )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
-        load({n: v.detach() for n, v in wanted.items()}, checkpoint_id=folder, no_dist=True)
+        targets: dict[str, Any] = {name: value.detach() for name, value in wanted.items()}
+        try:
+            load(targets, storage_reader=RangeReader(folder), no_dist=True)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise CheckpointError(f"{folder} cannot be read: {_first_line(error)}") from error
     return set(wanted)
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, without the traceback of DCP's own exception."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
