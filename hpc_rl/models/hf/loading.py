@@ -1,7 +1,7 @@
 """Weights from safetensors into a sharded model, never the whole model in one process at once.
 
-Every rank maps the files and reads what it needs: of a tensor that is in the file as it is in memory,
-only its own rows; of one that is put together from several (experts, fused projections), these
+Every rank reads what it needs: of a tensor that is in the file as it is in memory, only its own rows,
+straight into the shard; of one that is put together from several (experts, fused projections), these
 several, one target at a time. Names and conversions are transformers' own
 (`core_model_loading`), so whatever `from_pretrained` reads is read here.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -28,31 +27,9 @@ from transformers.core_model_loading import (
 )
 
 from hpc_rl.models.base import ModelError
+from hpc_rl.models.hf.reading import Reader
 
 LOG = logging.getLogger("hpc_rl.models")
-
-
-class Reader:
-    """Tensors of several safetensors files by name; whole or by rows of the first dimension."""
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        self._files = files
-        self._open: dict[Path, Any] = {}
-
-    def _file(self, name: str) -> Any:
-        path = self._files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path]
-
-    def tensor(self, name: str) -> Tensor:
-        return self._file(name).get_tensor(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._file(name).get_slice(name)[start:stop]
 
 
 def load_weights(module: Any, files: dict[str, Path], transforms: list[Any]) -> None:
@@ -75,6 +52,7 @@ def load_weights(module: Any, files: dict[str, Path], transforms: list[Any]) -> 
                 if name in targets:
                     _fill(targets[name], source, name)
                     loaded.add(name)
+    reader.close()
     # Which names the files use (there may be several spellings) decides which names we write.
     module._weight_conversions = [t for t in transforms if t.was_used()]
     _check_complete(module, targets, loaded, tied)
@@ -127,21 +105,24 @@ class _Source:
         assert self._reader is not None
         return self._reader.shape(self._key)
 
-    def part(self, offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-        """The block of `size` at `offset`."""
-        if not size:
-            return self._tensor if self._tensor is not None else self._reader.tensor(self._key)  # type: ignore
-        block = [slice(o, o + s) for o, s in zip(offset, size, strict=True)]
+    def fill(self, local: Tensor, offset: tuple[int, ...]) -> None:
+        """Copy the block at `offset`, as large as `local`, into it."""
+        reader = self._reader
+        if reader is not None and local.shape[1:] == self.shape[1:]:
+            reader.rows_into(local, self._key, offset[0] if offset else 0)
+            return
+        block = [slice(o, o + n) for o, n in zip(offset, local.shape, strict=True)]
         if self._tensor is not None:
-            return self._tensor[tuple(block)]
-        assert self._reader is not None
-        return self._reader.rows(self._key, block[0].start, block[0].stop)[(slice(None), *block[1:])]
+            local.copy_(self._tensor[tuple(block)])
+            return
+        assert reader is not None
+        local.copy_(reader.rows(self._key, block[0].start, block[0].stop)[(slice(None), *block[1:])])
 
 
 def _realised(module: Any, reader: Reader, first: str, mapping: Any) -> Iterator[tuple[str, _Source]]:
     if isinstance(mapping, WeightRenaming):
         (keys,) = mapping.collected_tensors.values()
-        yield first, _Source(reader=reader, key=keys[0])
+        yield first, _Source(reader=reader, key=str(keys[0]))
         return
     for keys in mapping.collected_tensors.values():
         keys[:] = [reader.tensor(key) for key in keys]
@@ -155,14 +136,12 @@ def _fill(target: Tensor, source: _Source, name: str) -> None:
             f"{name} is {list(source.shape)} in the files, but config.json makes it {list(target.shape)}"
         )
     if isinstance(target, DTensor):
-        size, offset = compute_local_shape_and_global_offset(
-            target.shape, target.device_mesh, target.placements
-        )
+        _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
         local = target.to_local()
         if local.numel():
-            local.copy_(source.part(tuple(offset), tuple(size)))
+            source.fill(local, tuple(offset))
     else:
-        target.data.copy_(source.part((0,) * target.dim(), tuple(target.shape)))
+        source.fill(target.data, (0,) * target.dim())
 
 
 def _check_complete(module: Any, targets: dict[str, Tensor], loaded: set[str], tied: set[str]) -> None:
