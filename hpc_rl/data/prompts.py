@@ -5,9 +5,13 @@ No torch and no tokenizer: text and chat messages only. `data/encode.py` turns t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from hpc_rl.data.chat import CHAT_FORMATS, ROLES, Conversation, as_messages, conversation_of, wrap
 from hpc_rl.data.errors import DataError
+from hpc_rl.data.templates import ChatTemplate
+from hpc_rl.data.turns import renderings
 from hpc_rl.recipe.schema import DatasetSpec
 
 if TYPE_CHECKING:
@@ -15,8 +19,6 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Content = str | list[Message]
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def prompt_of(
@@ -70,25 +72,46 @@ def completion_of(row: dict[str, Any], spec: DatasetSpec, where: str = "") -> tu
     return content, answer
 
 
-def as_messages(text: str, spec: DatasetSpec) -> list[Message]:
-    """A prompt text as chat messages, with the recipe's `system` text in front."""
-    system = [{"role": "system", "content": spec.system}] if spec.system is not None else []
-    return [*system, {"role": "user", "content": text}]
-
-
-def check_rows(rows: Rows, spec: DatasetSpec, *, sft: bool, max_rows: int | None = None) -> int:
+def check_rows(
+    rows: Rows,
+    spec: DatasetSpec,
+    *,
+    sft: bool,
+    max_rows: int | None = None,
+    template: ChatTemplate | None = None,
+) -> int:
     """Read the first `max_rows` rows (null: all) as the run will; return how many were read.
 
-    Raises DataError naming file, row number and column for the first row that does not fit.
+    With the model's `template`, chats are rendered as well. Raises DataError naming file, row number and
+    column or message and role for the first row that does not fit.
     """
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     for index in range(count):
         where = f"{rows.name}: row {index}"
         if sft:
-            completion_of(rows[index], spec, where)
+            check_sft_row(rows[index], spec, where, template)
         else:
             prompt_of(rows[index], spec, where)
     return count
+
+
+def check_sft_row(
+    row: dict[str, Any], spec: DatasetSpec, where: str, template: ChatTemplate | None = None
+) -> Conversation | None:
+    """What training would make of a row, as far as text goes. Raises DataError."""
+    if spec.format in CHAT_FORMATS:
+        conversation = conversation_of(row, spec, where)
+        if conversation.messages[-1]["role"] != "assistant":
+            raise DataError(f"{where}: the messages must end with an assistant message to learn")
+    else:
+        content, completion = completion_of(row, spec, where)
+        if completion is None or (isinstance(content, str) and (spec.chat is False or template is None)):
+            return None
+        conversation = wrap(content, completion, row, spec)
+    if template is not None:
+        prepared = replace(conversation, messages=template.prepared(conversation.messages))
+        renderings(template, prepared, spec.train_on, where)
+    return conversation
 
 
 def is_plain(value: Any) -> bool:

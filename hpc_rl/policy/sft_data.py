@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hpc_rl.data.encode import encode_completion
+from hpc_rl.data.encode import Encoder
 from hpc_rl.data.order import row_of, step_ordinals, steps_of_epochs
 from hpc_rl.data.packing import pack, pack_fixed
 from hpc_rl.data.rows import Rows
@@ -43,15 +43,16 @@ class SftData:
         for ordinal in step_ordinals(step, self._policy.batch_size):
             if self._end is not None and ordinal >= self._end:
                 break
-            found.append(self._sample(ordinal, self._rows, self.row(ordinal), self._spec))
+            found += self._samples(ordinal, self._rows, self.row(ordinal), self._spec)
         return found
 
-    def _sample(self, ordinal: int, rows: Rows, row: int, spec: DatasetSpec) -> TrainSample:
-        ids, mask = encode_completion(self._tokenizer, rows[row], spec, f"{rows.name}: row {row}")
-        if self._policy.max_length is not None:
-            ids, mask = ids[: self._policy.max_length], mask[: self._policy.max_length]
-        zeros = [0.0] * len(ids)
-        return TrainSample(ordinal, 0, ids, mask, zeros, zeros)
+    def _samples(self, ordinal: int, rows: Rows, row: int, spec: DatasetSpec) -> list[TrainSample]:
+        encode = Encoder(self._tokenizer, spec, self._policy.max_length)
+        found = []
+        for number, one in enumerate(encode(rows[row], f"{rows.name}: row {row}").sequences):
+            zeros = [0.0] * len(one.token_ids)
+            found.append(TrainSample(ordinal, number, one.token_ids, one.loss_mask, zeros, zeros))
+        return found
 
     def row(self, ordinal: int) -> int:
         """The row of the data that the sample with this ordinal is made of."""
@@ -69,7 +70,7 @@ class SftData:
         """
         assert self._held_out is not None
         rows, spec = self._held_out
-        samples = [self._sample(row, rows, row, spec) for row in range(len(rows))]
+        samples = [one for row in range(len(rows)) for one in self._samples(row, rows, row, spec)]
         for indices in self._deal(samples)[rank]:
             yield [samples[i] for i in indices]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rl.data.encode import encode_completion, encode_prompt
+from hpc_rl.data.encode import Encoder, encode_prompt
 from hpc_rl.data.errors import DataError
 from hpc_rl.recipe.schema import DatasetSpec
 
@@ -26,6 +26,11 @@ def tokenizer(tmp_path: Path) -> Any:
     from tests.tiny_models import save_tokenizer
 
     return AutoTokenizer.from_pretrained(save_tokenizer(tmp_path))
+
+
+def encode_completion(tokenizer: Any, row: dict[str, Any], spec: DatasetSpec) -> tuple[list[int], list[int]]:
+    (one,) = Encoder(tokenizer, spec)(row).sequences
+    return one.token_ids, one.loss_mask
 
 
 def text(tokenizer: Any, ids: list[int]) -> str:

@@ -1,0 +1,101 @@
+"""Which text of a conversation is learned: renderings of the chat template with the spans of the answers.
+
+Where the rendering of the first messages is the beginning of the whole one, the spans of all answers lie
+in one text. Templates that rewrite history (drop the thoughts of earlier turns, close the last turn with
+another token) have no such text: what inference sees before answer 2 is not what a rendering of the whole
+chat has there. Such a chat takes the template's own `{% generation %}` spans if it has them, else it is
+forked into as many sequences as it needs, each answer trained behind the context that inference would see.
+No torch and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hpc_rl.data.chat import Conversation, Message, explain_refusal, text_of
+from hpc_rl.data.errors import DataError
+from hpc_rl.data.templates import ChatTemplate, Span, TemplateRefused
+
+_LAST_TAG = re.compile(r"(<[^<>]+>)\s*\Z")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One sequence: its text, the spans to learn (in order), and how far into the chat it goes.
+
+    `ending` is given where the template could not render the answer behind its own prompt: the token
+    that ends this text ends the answer, which has none in `text`.
+    """
+
+    text: str
+    spans: list[Span]
+    messages: int
+    ending: str | None = None
+
+
+def renderings(
+    template: ChatTemplate, conversation: Conversation, train_on: str, where: str
+) -> list[Rendering]:
+    """The sequences of a conversation, first turns first. Raises DataError naming the message."""
+    messages, tools = conversation.messages, conversation.tools
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[-1] != len(messages) - 1:
+        raise DataError(f"{where}: the messages must end with an assistant message to learn")
+    wanted = answers if train_on == "assistant" else answers[-1:]
+    try:
+        found = _cover(template, messages, tools, wanted)
+        if len(found) > 1 or found[0].ending is not None:
+            text, spans = template.marked(messages, tools)
+            if spans:
+                if len(spans) != len(answers) and train_on != "assistant":
+                    spans = spans[-1:]
+                elif len(spans) == len(answers):
+                    spans = [span for span, number in zip(spans, answers, strict=True) if number in wanted]
+                return [Rendering(text, spans, len(messages))]
+    except TemplateRefused as error:
+        why = explain_refusal(messages)
+        raise DataError(f"{where}: {why + ': ' if why else ''}{error}") from error
+    return found
+
+
+def _cover(
+    template: ChatTemplate, messages: list[Message], tools: list[object] | None, wanted: list[int]
+) -> list[Rendering]:
+    """As few renderings as hold every wanted answer as inference would see it; the last answer first."""
+    before = {number: _prompt(template, messages[:number], tools) for number in wanted}
+    after = {number: template.render(messages[: number + 1], tools=tools) for number in wanted}
+    left, found = list(wanted), []
+    while left:
+        last = left[-1]
+        text = after[last]
+        held = [n for n in left if text.startswith(after[n]) and after[n].startswith(before[n])]
+        if last in held:
+            spans = [(len(before[n]), len(after[n])) for n in held]
+            found.append(Rendering(text, spans, last + 1))
+        else:
+            held = [last]
+            found.append(_behind_its_prompt(template, messages[: last + 1], tools, before[last], text))
+        left = [n for n in left if n not in held]
+    return found[::-1]
+
+
+def _prompt(template: ChatTemplate, messages: list[Message], tools: list[object] | None) -> str:
+    """What inference is given before an answer."""
+    return template.render(messages, generate=True, tools=tools) if messages else ""
+
+
+def _behind_its_prompt(
+    template: ChatTemplate, messages: list[Message], tools: list[object] | None, prompt: str, whole: str
+) -> Rendering:
+    """The prompt as inference has it, then the answer as the row has it.
+
+    For templates whose prompt opens what their history leaves out (`<think>` after the assistant's
+    marker). An answer that begins with the tag that the prompt ends with does not repeat it.
+    """
+    answer = text_of(messages[-1]["content"])
+    opened = prompt.removeprefix(template.render(messages[:-1], tools=tools))
+    tag = _LAST_TAG.search(opened)
+    if tag is not None and answer.lstrip().startswith(tag[1]):
+        answer = answer.lstrip().removeprefix(tag[1]).lstrip("\n")
+    return Rendering(prompt + answer, [(len(prompt), len(prompt + answer))], len(messages), ending=whole)
