@@ -145,6 +145,12 @@ class ExportModel(_Message):
     label: str
 
 
+class EvalLoss(_Message):
+    """Measure the loss on the validation data with the weights after `step` (0: before the first)."""
+
+    step: int
+
+
 class Stop(_Message):
     """Finish background writes, leave the process groups, exit 0."""
 
@@ -161,6 +167,14 @@ class PolicyReady(_Message):
 
 
 class StepDone(_Message):
+    step: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+class EvalDone(_Message):
+    """The answer to `EvalLoss`: `eval/loss` and the like."""
+
     step: int
     seconds: float
     metrics: dict[str, float]
@@ -275,9 +289,11 @@ Message = (
     | PushWeights
     | SaveCheckpoint
     | ExportModel
+    | EvalLoss
     | Stop
     | PolicyReady
     | StepDone
+    | EvalDone
     | WeightsPushed
     | CheckpointStaged
     | CheckpointSaved

@@ -19,7 +19,7 @@ from pathlib import Path
 from hpc_rl.bus import messages as m
 from hpc_rl.controller.members import AttemptFailed, Members, Replica
 from hpc_rl.controller.recorder import Recorder
-from hpc_rl.controller.saves import Saves
+from hpc_rl.controller.saves import LastSaveFailed, Saves
 from hpc_rl.roles import RoleProcess
 from hpc_rl.run.events import EventLog
 
@@ -33,6 +33,7 @@ class Controller(ABC):
     """Runs one attempt. `run()` returns the exit code or raises AttemptFailed."""
 
     replicas = 0
+    best_metric = "eval/loss"  # what the best checkpoint is chosen by
 
     def __init__(self, role: RoleProcess) -> None:
         self.role, self.recipe, self.plan, self.run_dir = role, role.recipe, role.plan, role.run_dir
@@ -45,7 +46,11 @@ class Controller(ABC):
             on_lost=self.replica_lost,
         )
         self.saves = Saves(
-            self.run_dir, self.recipe.checkpoint, command=self.to_policy, write_state=self.write_state
+            self.run_dir,
+            self.recipe.checkpoint,
+            command=self.to_policy,
+            write_state=self.write_state,
+            tell=self.events.append,
         )
         self.recorder: Recorder | None = None
         self.total_steps = 0
@@ -141,9 +146,10 @@ class Controller(ABC):
         if len(self.members.policy_ranks) < self.world_size or self.started:
             return
         self.step = self.commanded = self._ready.step
-        self.saves.last_saved = self.step
+        self.saves.restored(self.step)
         self.last_progress = time.monotonic()
         self.begin(self.step, self._ready.info)
+        self.saves.best.restore(self.step, self.best_metric)
         self.started = True
         self.events.append("training", step=self.step, total_steps=self.total_steps)
         LOG.info("policy ready: %d ranks, step %d of %d", self.world_size, self.step, self.total_steps)
@@ -188,19 +194,42 @@ class Controller(ABC):
         finished = self.step >= self.total_steps
         if self.step < self.commanded or not (finished or self.ending):
             return
-        if self.recipe.checkpoint.enabled:
-            self.saves.save(self.step)
+        saved = self.saved_at_the_end()
         if finished and self.ending is None:
             if self.recipe.checkpoint.export != "off":
                 self.saves.export(self.step, "final")
             self.ending = (0, "done")
-        if self.saves.busy or (self.ending is not None and self.ending[0] == 0 and not self.settled()):
+        if (
+            not saved
+            or self.saves.busy
+            or (self.ending is not None and self.ending[0] == 0 and not self.settled())
+        ):
             return
         self.stop_everyone()
+
+    def saved_at_the_end(self) -> bool:
+        """Whether the last state is on disk, or nothing more can be done about it.
+
+        Raises AttemptFailed for a run that would be called done: the next attempt trains on from the newest
+        checkpoint and tries again. At walltime the next attempt does that anyway; after `cancel --save`
+        nobody may requeue, and `status` says that the save failed.
+        """
+        try:
+            return self.saves.conclude(self.step)
+        except LastSaveFailed as error:
+            if self.ending is None or self.ending[0] == 0:
+                raise AttemptFailed(str(error)) from error
+            LOG.critical("%s", error)
+            if self.ending[0] == EXIT_STOPPED:
+                self.events.failure("controller", str(error))
+            return True
 
     def stop_everyone(self) -> None:
         assert self.ending is not None
         LOG.info("stopping: %s at step %d of %d", self.ending[1], self.step, self.total_steps)
+        if self.saves.best.best is not None:
+            step = self.saves.best.best.step
+            LOG.info("best checkpoint: %s: %s", self.saves.best.best, self.run_dir.checkpoint(step))
         self.events.append("stopping", reason=self.ending[1], step=self.step)
         self.members.stopping = True
         self.stop_sent = time.monotonic()

@@ -19,6 +19,13 @@ from hpc_rl.types import Prompt, Sampling, Trajectory
 LOG = logging.getLogger("hpc_rl.controller")
 
 
+def eval_due(options: Eval, step: int, total_steps: int) -> bool:
+    """Whether step `step` (0: before training) is one of those to evaluate."""
+    if step == 0:
+        return options.before
+    return step == total_steps or (options.every > 0 and step % options.every == 0)
+
+
 @dataclass
 class Evaluation:
     """One pass over the evaluation prompts. `pending` are not handed out yet."""
@@ -53,9 +60,7 @@ class Evaluator:
         """True if step `step` (0: before training) is to be evaluated and was not yet."""
         if not self.prompts or step in self.done_steps:
             return False
-        if step == 0:
-            return self.options.before
-        return step == total_steps or (self.options.every > 0 and step % self.options.every == 0)
+        return eval_due(self.options, step, total_steps)
 
     def begin(self, step: int) -> None:
         assert self.current is None

@@ -38,6 +38,8 @@ EMPTY_STEPS_LIMIT = 10
 class RlController(Controller):
     """One attempt of an RL run."""
 
+    best_metric = "eval/accuracy"
+
     def __init__(self, role: RoleProcess) -> None:
         assert role.recipe.rollout is not None
         self.replicas = role.recipe.rollout.replicas
@@ -147,6 +149,8 @@ class RlController(Controller):
         if metrics is not None:
             LOG.info("evaluation at step %d: accuracy %.3f", step, metrics.get("eval/accuracy", float("nan")))
             self.recorder.release(step, metrics)
+            if self.saves.has(step):
+                self.saves.best.judge(step, self.best_metric, metrics.get(self.best_metric))
 
     def replica_lost(self, replica: Replica) -> None:
         self.events.append("replica_lost", index=replica.index, cause=replica.causes[-1])
@@ -306,6 +310,8 @@ class RlController(Controller):
                 self.recorder.hold(message.step)  # `settled` awaits it when the running one is done
         self.recorder.step(message.step, metrics)
         if self.saves.due(message.step, final=message.step == self.total_steps):
+            if self.evaluator.due(message.step, self.total_steps):
+                self.saves.best.expect(message.step)
             self.saves.save(message.step)
 
     def _check_generation(self) -> None:

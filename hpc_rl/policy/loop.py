@@ -18,6 +18,7 @@ from hpc_rl.weights.transports import make_sender
 
 LOAD_LIMIT_S = 3600.0
 STEP_LIMIT_S = 3600.0
+EVAL_LIMIT_S = 3600.0
 SAVE_LIMIT_S = 1800.0
 IDLE_POLL_S = 0.5
 BUSY_POLL_S = 0.05
@@ -79,6 +80,8 @@ class PolicyLoop:
                 self._save(message)
             case m.ExportModel():
                 self._export(message)
+            case m.EvalLoss():
+                self._evaluate(message)
             case _:
                 raise AssertionError(f"the policy has no use for {type(message).__name__}")
 
@@ -92,6 +95,13 @@ class PolicyLoop:
             row = {**metrics, "step": message.step, "time/step_s": seconds}
             self.role.log.info("%s", step_line(row, self.trainer.total_steps or None))
             self.role.send(m.StepDone(message.step, seconds, metrics))
+
+    def _evaluate(self, message: m.EvalLoss) -> None:
+        began = time.monotonic()
+        with self.role.within("evaluate", EVAL_LIMIT_S):
+            metrics = self.trainer.evaluate(message.step)
+        if self.rank == 0:
+            self.role.send(m.EvalDone(message.step, time.monotonic() - began, metrics))
 
     def _push(self, message: m.PushWeights) -> None:
         assert self.weights is not None, "a run without rollouts was told to push weights"
