@@ -10,7 +10,6 @@ Nothing is removed unless a newer complete checkpoint has superseded it; the exc
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,6 @@ from hpc_rl.checkpoint.manifest import write_complete as _write_complete
 _STEP = re.compile(r"^step_(\d{8,})$")
 _ASIDE = re.compile(r"^\.aside-step_(\d{8,})-\d+$")
 _GOING = ".deleting-"
-SCORES = "scores.json"
 
 
 def step_of(folder: Path) -> int | None:
@@ -168,28 +166,6 @@ def _take(folder: Path) -> None:
     while (going := folder.with_name(f"{_GOING}{number}-{folder.name}")).exists():
         number += 1
     os.replace(folder, going)
-
-
-# --- the best one ------------------------------------------------------------------------------------------
-def read_scores(checkpoints: Path) -> dict[int, float]:
-    """Validation loss (lower is better) by step, as far as it was recorded."""
-    try:
-        found = json.loads((checkpoints / SCORES).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return {int(step): float(value) for step, value in found.items()}
-
-
-def write_scores(checkpoints: Path, scores: dict[int, float]) -> None:
-    write_atomic(checkpoints / SCORES, json.dumps({str(step): value for step, value in scores.items()}))
-
-
-def best_step(checkpoints: Path) -> int | None:
-    """The complete checkpoint with the lowest recorded validation loss; the earlier one of equals."""
-    scores = read_scores(checkpoints)
-    there = [step_of(folder) for folder in complete_checkpoints(checkpoints)]
-    known = [step for step in there if step is not None and step in scores]
-    return min(known, key=lambda step: (scores[step], step), default=None)
 
 
 def _complete(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPLETE = "COMPLETE"
+COMPLETE, BAD = "COMPLETE", "BAD"
 _STEP = re.compile(r"^step_(\d{8,})$")
 _PRIVATE = ("bus", "control", "secrets")
 _FOLDERS = ("code", "ledger", "logs", "checkpoints", "safetensors", "samples", "wandb", *_PRIVATE)
@@ -170,13 +170,16 @@ class RunDir:
         return self.checkpoints / f"step_{step:08d}"
 
     def complete_steps(self) -> list[int]:
-        """Steps whose checkpoint is complete, ascending. A folder without COMPLETE does not count."""
+        """Steps whose checkpoint is complete, ascending. A folder without COMPLETE does not count, nor one
+        that was found damaged (`BAD`)."""
         if not self.checkpoints.is_dir():
             return []
         steps = [
             int(match.group(1))
             for entry in self.checkpoints.iterdir()
-            if (match := _STEP.match(entry.name)) and (entry / COMPLETE).exists()
+            if (match := _STEP.match(entry.name))
+            and (entry / COMPLETE).exists()
+            and not (entry / BAD).exists()
         ]
         return sorted(steps)
 
