@@ -11,54 +11,36 @@ import transformers as T
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "max_position_embeddings": 512,
-}
-MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-FAMILIES: dict[str, Any] = {
-    "llama": lambda: T.LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "mistral": lambda: T.MistralConfig(**SIZES),
-    "qwen2": lambda: T.Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": lambda: T.Qwen3Config(**SIZES),
-    "gemma2": lambda: T.Gemma2Config(**SIZES, sliding_window=16),
-    "gemma3": lambda: T.Gemma3TextConfig(**SIZES, sliding_window=16),
-    "phi3": lambda: T.Phi3Config(**SIZES, pad_token_id=0),
-    "qwen3_moe": lambda: T.Qwen3MoeConfig(**SIZES, **MOE),
-    "mixtral": lambda: T.MixtralConfig(**SIZES, num_local_experts=4),
-    "gpt_oss": lambda: T.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
-}
+from tests.families import FAMILIES
 
 
 def save_model(folder: Path, family: str = "qwen2", seed: int = 0, **changes: Any) -> Path:
     """Save a random model (fp32) to `folder` and return it."""
     torch.manual_seed(seed)
-    config = FAMILIES[family]()
+    config = FAMILIES[family].config()
     for key, value in changes.items():
         setattr(config, key, value)
-    model = T.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto = T.AutoModelForImageTextToText if FAMILIES[family].vision else T.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     if config.eos_token_id is not None:
         model.generation_config.eos_token_id = config.eos_token_id
     model.save_pretrained(folder)
     return folder
 
 
-def character_tokenizer(characters: Iterable[str], *special: str) -> T.PreTrainedTokenizerFast:
-    """One token per character, after the special tokens, of which `<eos>` and `<pad>` must be two."""
-    vocabulary = {token: index for index, token in enumerate([*special, *characters])}
+def character_tokenizer(
+    characters: Iterable[str], *special: str, extra: dict[str, str] | None = None
+) -> T.PreTrainedTokenizerFast:
+    """One token per character, after the special tokens, of which `<eos>` and `<pad>` must be two;
+    then those of `extra` (role -> token)."""
+    extra = extra or {}
+    vocabulary = {token: index for index, token in enumerate([*special, *extra.values(), *characters])}
     unknown = "<unk>" if "<unk>" in special else "<pad>"
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    return T.PreTrainedTokenizerFast(
-        tokenizer_object=core, **{f"{name.strip('<>')}_token": name for name in special}
-    )
+    roles = {f"{name.strip('<>')}_token": name for name in special}
+    return T.PreTrainedTokenizerFast(tokenizer_object=core, **roles, extra_special_tokens=extra)
 
 
 def save_tokenizer(folder: Path) -> Path:

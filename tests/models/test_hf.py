@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ import transformers as T
 from safetensors.torch import load_file
 
 from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.hf import attention, rows
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
 from hpc_rl.recipe.schema import Model
+from tests.models.contract import same_gradient
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, save_model
+from tests.tiny_models import save_model
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
@@ -34,38 +38,6 @@ def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], list(range(30, 70))]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_model_loads_packs_and_goes_back_to_the_same_file(family: str, tmp_path: Path) -> None:
-    folder = save_model(tmp_path / family, family)
-    reference = T.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    model = build_one(folder)
-    assert type(model.module) is type(reference)
-    for name, expected in reference.state_dict().items():
-        torch.testing.assert_close(model.module.state_dict()[name], expected, rtol=0, atol=0)
-    buffers = dict(model.module.named_buffers())
-    for name, expected in reference.named_buffers():
-        torch.testing.assert_close(buffers[name], expected, rtol=0, atol=0)
-
-    # Packed log-probs are those of each sequence alone.
-    ids, positions = packed(SEQUENCES)
-    with torch.no_grad():
-        ours = model.logits(ids, positions, torch.arange(len(ids))).log_softmax(-1)
-        alone = [reference(input_ids=torch.tensor([s])).logits[0].log_softmax(-1) for s in SEQUENCES]
-    assert (ours - torch.cat(alone)).abs().max() <= 1e-5
-
-    # Back to the file: same names, same tensors, whole layers in one bucket.
-    in_file = load_file(folder / "model.safetensors")
-    buckets = list(model.buckets(max_bytes=200_000))
-    sent = [pair for bucket in buckets for pair in bucket]
-    assert sorted(name for name, _ in sent) == sorted(in_file) == sorted(model.file_names())
-    assert len(buckets) > 1
-    for name, tensor in sent:
-        torch.testing.assert_close(tensor, in_file[name], rtol=0, atol=0)
-    for layer in range(2):
-        homes = {i for i, bucket in enumerate(buckets) for name, _ in bucket if f"layers.{layer}." in name}
-        assert len(homes) == 1
-
-
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3", "gpt_oss", "qwen3_moe"])
 def test_no_gradient_leaks_between_packed_sequences(family: str, tmp_path: Path) -> None:
     model = build_one(save_model(tmp_path, family))
@@ -82,24 +54,93 @@ def test_no_gradient_leaks_between_packed_sequences(family: str, tmp_path: Path)
     assert (grad[10:] == 0).all()
 
 
-def test_chunked_attention_is_refused(tmp_path: Path) -> None:
-    """Its chunks would be counted from the start of the row, and ours has none."""
-    config = T.Llama4TextConfig(
+def falcon() -> T.PreTrainedConfig:
+    return T.FalconConfig(vocab_size=96, hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+
+
+def bloom() -> T.PreTrainedConfig:
+    return T.BloomConfig(vocab_size=96, hidden_size=64, n_head=2, n_layer=2)
+
+
+def mamba() -> T.PreTrainedConfig:
+    return T.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, state_size=8)
+
+
+def qwen3_next() -> T.PreTrainedConfig:
+    return T.Qwen3NextConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, linear_key_head_dim=16, linear_value_head_dim=16,
+        linear_num_key_heads=2, linear_num_value_heads=2, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+
+
+def llama4() -> T.PreTrainedConfig:
+    return T.Llama4TextConfig(
         vocab_size=96, hidden_size=64, intermediate_size=96, intermediate_size_mlp=96, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_local_experts=2,
         attention_chunk_size=8, layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0],
         pad_token_id=0,
     )  # fmt: skip
-    T.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="llama4_text has chunked_attention layers"):
-        build_one(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (llama4, "chunked_attention layers would run on"),
+        (qwen3_next, "linear_attention layers would run on"),
+        (mamba, "linear_attention layers would run on"),
+        (bloom, "leak into each other in BloomForCausalLM"),
+        (falcon, "leak into each other in FalconForCausalLM"),
+    ],
+)
+def test_what_cannot_be_packed_is_padded_and_said(
+    config: Callable[[], Any], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    T.AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(tmp_path)
+    model = build_one(tmp_path)
+    assert model.rows is rows.padded
+    assert reason in caplog.text
+    plain = T.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids, positions = packed(SEQUENCES)
+    keep = torch.tensor([2, 3, 8, 11, 30, len(ids) - 1])
+    expected = torch.cat([plain(input_ids=torch.tensor([s])).logits[0] for s in SEQUENCES])[keep]
+    ours = model.logits(ids, positions, keep)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    ours.logsumexp(-1).sum().backward()
+    expected.logsumexp(-1).sum().backward()
+    named = dict(plain.named_parameters())
+    for name, parameter in model.module.named_parameters():
+        same_gradient(name, parameter.grad, named[name].grad)
+
+
+def test_an_image_at_the_start_of_a_sequence_does_not_see_the_padding() -> None:
+    """Padding repeats the first token, which here belongs to an image."""
+    torch.manual_seed(0)
+    positions = torch.cat([torch.arange(5), torch.arange(8)])
+    blocks = torch.tensor([0, 0, 0, -1, -1, -1, 1, 1, 1, -1, -1, -1, -1])
+    layout = attention.layout_of(positions, blocks)
+    (stack,) = layout.stacks
+    assert (stack.count, stack.width) == (2, 8)
+    q, k, v = torch.randn(3, 1, 2, 13, 4)
+    ours, _ = attention.packed_attention(None, q, k, v, None, packed_layout=layout, sliding_window=2)
+    for start, end in attention.spans_of(positions):
+        i = torch.arange(end - start)
+        own = blocks[start:end]
+        seen = (i[:, None] >= i) & (i[:, None] - i < 2) | (own[:, None] == own) & (own >= 0)
+        alone = torch.nn.functional.scaled_dot_product_attention(
+            *(t[:, :, start:end] for t in (q, k, v)), attn_mask=seen
+        )
+        torch.testing.assert_close(ours[:, start:end], alone.transpose(1, 2), rtol=0, atol=1e-6)
 
 
 def test_rotary_embeddings_that_depend_on_the_row_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rope = {
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32,
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
         "original_max_position_embeddings": 128, "factor": 4.0, "partial_rotary_factor": 1.0,
     }  # fmt: skip
     folder = save_model(tmp_path / "phi3", "phi3", rope_parameters=rope, original_max_position_embeddings=128)
@@ -128,11 +169,13 @@ def test_fp32_buffers_leave_as_fp32(tmp_path: Path) -> None:
     assert sent["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
-def test_a_leak_that_transformers_does_not_prevent_is_found(tmp_path: Path) -> None:
-    folder = save_model(tmp_path, "gpt_oss")
-    with pytest.raises(ModelError, match=r"leak into each other in GptOssForCausalLM.* eager"):
-        build_one(folder, attn_implementation="eager")
-    build_one(save_model(tmp_path / "other", "qwen3"), attn_implementation="sdpa")
+def test_a_leak_that_transformers_does_not_prevent_is_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_one(save_model(tmp_path / "a", "gpt_oss"), attn_implementation="eager")
+    assert model.rows is rows.padded
+    assert "leak into each other in GptOssForCausalLM with attention eager" in caplog.text
+    assert build_one(save_model(tmp_path / "b", "qwen3"), attn_implementation="sdpa").rows is rows.packed
 
 
 def test_bf16_files_become_fp32_masters_and_bf16_again(tmp_path: Path) -> None:
@@ -162,6 +205,7 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
             build_one(folder)
     with pytest.raises(ModelError, match="hpc-rl fetch"):
         build_one("nobody/no-such-model")
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         build_one(folder)

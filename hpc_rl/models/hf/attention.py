@@ -2,9 +2,9 @@
 
 Transformers' own way for a packed row is a T x T block mask: quadratic in the whole row, in time and
 memory. Here the row is cut into its sequences, those of similar length are stacked (padded on the right,
-where causal attention does not look), and each stack is one causal SDPA call. Registered through
-transformers' `AttentionInterface` under the name `hpc_rl_packed`; without a layout (generation) it is
-plain `sdpa`.
+where causal attention does not look), and each stack is one causal SDPA call. Tokens of one image may see
+each other in both directions (Gemma 3). Registered through transformers' `AttentionInterface` under the
+name `hpc_rl_packed`; without a layout (generation) it is plain `sdpa`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,52 @@ from transformers.masking_utils import sdpa_mask
 NAME = "hpc_rl_packed"
 
 
+class NotPacked(RuntimeError):
+    """The model cannot run a packed row with this attention; another way must be taken."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`count` sequences, padded to `width`. `gather` [B * L] takes the row's positions (padding repeats a
+    sequence's first token). `blocks` [B, L], where a sequence has images, is the number of the image
+    that a token belongs to, and -1 elsewhere."""
+
+    gather: Tensor
+    count: int
+    width: int
+    blocks: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the sequences of a packed row are. For each stack: `gather` [B * L] takes the row's
-    positions (padding repeats a sequence's first token), B and L. `restore` [T] brings the concatenated
-    outputs of all stacks back into the row's order."""
+    """Where the sequences of a packed row are. `restore` [T] brings the concatenated outputs of all
+    stacks back into the row's order."""
 
-    stacks: list[tuple[Tensor, int, int]]
+    stacks: list[Stack]
     restore: Tensor
 
 
-def layout_of(position_ids: Tensor) -> PackedLayout:
-    """The layout of a row whose `position_ids` [T] start anew at 0 with each sequence.
+def spans_of(position_ids: Tensor) -> list[tuple[int, int]]:
+    """`(start, end)` of each sequence of a row whose `position_ids` [T] start anew at 0 with each."""
+    starts = torch.nonzero(position_ids == 0).flatten().tolist()
+    return list(zip(starts, [*starts[1:], len(position_ids)], strict=True))
 
-    Sequences are stacked by length rounded up to a power of two, so at most half of a stack is padding.
+
+def layout_of(position_ids: Tensor, blocks: Tensor | None = None) -> PackedLayout:
+    """The layout of a row whose `position_ids` [T] start anew at 0 with each sequence; `blocks` [T]
+    numbers the tokens of images (-1: no image's).
+
+    Sequences are stacked by length rounded up to a power of two, so at most half of a stack is padding;
+    those with images (they need a mask) apart from those without.
     """
     positions = position_ids.cpu()
-    starts = torch.nonzero(positions == 0).flatten()
-    ends = torch.cat([starts[1:], torch.tensor([len(positions)])])
-    by_size: dict[int, list[tuple[int, int]]] = {}
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        by_size.setdefault((end - start - 1).bit_length(), []).append((start, end - start))
+    own_blocks = blocks.cpu() if blocks is not None else torch.full_like(positions, -1)
+    by_size: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+    for start, end in spans_of(positions):
+        images = bool((own_blocks[start:end] >= 0).any())
+        by_size.setdefault(((end - start - 1).bit_length(), images), []).append((start, end - start))
     stacks, homes, filled = [], torch.empty(len(positions), dtype=torch.long), 0
-    for spans in by_size.values():
+    for (_, images), spans in by_size.items():
         first = torch.tensor([start for start, _ in spans])[:, None]
         lengths = torch.tensor([length for _, length in spans])[:, None]
         width = int(lengths.max())
@@ -53,7 +76,9 @@ def layout_of(position_ids: Tensor) -> PackedLayout:
         gather = first + torch.where(inside, offsets, torch.zeros_like(offsets))
         places = filled + torch.arange(gather.numel()).view_as(gather)
         homes[gather[inside]] = places[inside]
-        stacks.append((gather.flatten().to(position_ids.device), len(spans), width))
+        # Padding belongs to no image, or an image at the start of a sequence would see it.
+        ours = torch.where(inside, own_blocks[gather], -1).to(position_ids.device) if images else None
+        stacks.append(Stack(gather.flatten().to(position_ids.device), len(spans), width, ours))
         filled += gather.numel()
     return PackedLayout(stacks, homes.to(position_ids.device))
 
@@ -83,31 +108,30 @@ def packed_attention(
     """
     if packed_layout is None:
         if attention_mask is not None and attention_mask.numel() == 1 and query.shape[2] > 1:
-            raise RuntimeError(
-                f"{type(module).__name__} does not get the keyword arguments of its model; "
-                "set model.attn_implementation to sdpa"
-            )
+            raise NotPacked(f"{type(module).__name__} does not get the keyword arguments of its model")
         if softcap is not None or s_aux is not None:
-            raise RuntimeError(f"{type(module).__name__} can only run packed with {NAME}")
+            raise NotPacked(f"{type(module).__name__} can only run packed with {NAME}")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if key.shape[2] != query.shape[2]:
+        raise NotPacked(f"{type(module).__name__} attends to something else than its own row")
     outputs = []
-    for gather, count, width in packed_layout.stacks:
+    for stack in packed_layout.stacks:
         q, k, v = (
-            t[0].index_select(1, gather).unflatten(1, (count, width)).transpose(0, 1)
+            t[0].index_select(1, stack.gather).unflatten(1, (stack.count, stack.width)).transpose(0, 1)
             for t in (query, key, value)
         )
-        window = sliding_window if sliding_window is not None and width > sliding_window else None
+        mask = _mask(stack, sliding_window, q.device)
         if softcap is not None or s_aux is not None:
-            out = _plain(q, k, v, scaling, window, softcap, s_aux)
+            out = _plain(q, k, v, scaling, mask, softcap, s_aux)
         else:
             out = scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=_causal(width, window, q.device) if window is not None else None,
-                is_causal=window is None,
+                attn_mask=mask,
+                is_causal=mask is None,
                 scale=scaling,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -115,12 +139,25 @@ def packed_attention(
     return torch.cat(outputs).index_select(0, packed_layout.restore).unsqueeze(0), None
 
 
-def _causal(width: int, window: int | None, device: torch.device) -> Tensor:
-    """True where query i may see key j: j <= i, and with a window i - window < j."""
+def _causal(width: int, device: torch.device) -> Tensor:
     i = torch.arange(width, device=device)
-    distance = i[:, None] - i[None]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    return i[:, None] >= i[None]
+
+
+def _mask(stack: Stack, window: int | None, device: torch.device) -> Tensor | None:
+    """True where query i may see key j: j <= i, with a window i - window < j, and always within one image.
+    [L, L], with images [B, 1, L, L]; None where it is the causal mask."""
+    windowed = window is not None and stack.width > window
+    if not windowed and stack.blocks is None:
+        return None
+    seen = _causal(stack.width, device)
+    if windowed:
+        i = torch.arange(stack.width, device=device)
+        seen = seen & (i[:, None] - i[None] < window)
+    if stack.blocks is None:
+        return seen
+    same = (stack.blocks[:, :, None] == stack.blocks[:, None]) & (stack.blocks[:, :, None] >= 0)
+    return (seen | same).unsqueeze(1)
 
 
 def _plain(
@@ -128,7 +165,7 @@ def _plain(
     k: Tensor,
     v: Tensor,
     scaling: float | None,
-    window: int | None,
+    mask: Tensor | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -139,7 +176,8 @@ def _plain(
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float().masked_fill(~_causal(q.shape[2], window, q.device), float("-inf"))
+    seen = _causal(q.shape[2], q.device) if mask is None else mask
+    scores = scores.float().masked_fill(~seen, float("-inf"))
     if sinks is None:
         return scores.softmax(-1).to(q.dtype) @ v
     sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

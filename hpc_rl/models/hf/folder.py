@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,26 @@ def model_folder(path: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def load_config(folder: Path, spec: Model) -> Any:
-    """The transformers config of `folder`. Raises ModelError when there is none or it is foreign code."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it is. Raises ModelError when there is none."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    except (ValueError, StrictDataclassError) as error:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.json: {error}") from error
+
+
+def load_config(folder: Path, spec: Model) -> Any:
+    """The transformers config of `folder`: of Transformers' own class if it has one for the model type,
+    else of the folder's if the recipe allows it. Raises ModelError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    native = read_config(folder).get("model_type") in CONFIG_MAPPING
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code and not native)
+    except (ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{folder}/config.json: {error}") from error
 
 

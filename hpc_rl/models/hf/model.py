@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model as a `ModelAdapter`: built on meta, sharded, then loaded."""
+"""Any Hugging Face language model, with images or without, as a `ModelAdapter`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,36 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hpc_rl.models.base import Media, ModelError, ParallelSpec
-from hpc_rl.models.hf import attention
-from hpc_rl.models.hf.folder import load_config, model_folder, weight_files
+from hpc_rl.models.hf.attention import NotPacked
+from hpc_rl.models.hf.classes import build_on_meta, has_vision
+from hpc_rl.models.hf.folder import model_folder, weight_files
+from hpc_rl.models.hf.freeze import choose_trained
 from hpc_rl.models.hf.loading import load_weights, materialise, resolve_names
+from hpc_rl.models.hf.rows import (
+    Leak,
+    Rows,
+    check_rows,
+    close_cross_attention,
+    packed,
+    padded,
+    reason_to_pad,
+)
 from hpc_rl.models.hf.sharding import layers, needs_sharding, shard
 from hpc_rl.recipe.schema import Model
 
 LOG = logging.getLogger("hpc_rl.models")
-PACKABLE = {"full_attention", "sliding_attention"}
 
 
 class HfModel:
-    """The model of the recipe. `module` is the (sharded) transformers module, fp32 master weights."""
+    """The model of the recipe. `module` is the (sharded) transformers module, fp32 master weights.
+
+    `rows` is how a row goes through it (`rows.packed` or `rows.padded`). With `needs_media`, every row must
+    have an image on every rank: the vision tower is sharded, and a rank that did not run it would leave the
+    others waiting in its collectives. A row without one gets a blank one, of which no token is kept.
+    """
+
+    rows: Rows = staticmethod(packed)
+    needs_media: bool = False
 
     def __init__(self, module: Any, folder: Path, file_dtype: torch.dtype, sharded: bool) -> None:
         self.module = module
@@ -38,20 +56,8 @@ class HfModel:
         keep: Tensor,
         media: Sequence[Media | None] | None = None,
     ) -> Tensor:
-        """See `ModelAdapter.logits`; the head runs on `keep` only. Our own attention gets the layout
-        of the row; others get no mask, and transformers finds the boundaries in `position_ids`."""
-        packed: dict[str, Any] = {}
-        if self.module.config._attn_implementation == attention.NAME:
-            packed["packed_layout"] = attention.layout_of(position_ids)
-            packed["attention_mask"] = attention.no_mask(input_ids.device)
-        output = self.module(
-            input_ids=input_ids.unsqueeze(0),
-            position_ids=position_ids.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=keep,
-            **packed,
-        )
-        return output.logits.squeeze(0)
+        """See `ModelAdapter.logits`; the head runs on `keep` only."""
+        return self.rows(self.module, input_ids, position_ids, keep, media)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
@@ -143,16 +149,37 @@ def check_parallel(mesh: dict[str, int]) -> None:
 def build(spec: Model, parallel: ParallelSpec) -> HfModel:
     """Build, shard and load the model of the recipe. A collective over the default process group.
 
-    The class is the one that config.json names, else AutoModelForCausalLM's. Raises ModelError.
+    The class is as `classes.find_class` says. Rows are packed where that is right, and padded where not;
+    the log says which and why. Raises ModelError.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     if spec.lora is not None:
         raise ModelError("model.lora is not there yet (it comes with issue B); remove it")
+    module, _ = build_on_meta(model_folder(spec.path, spec.revision), spec)
+    reason = reason_to_pad(module.config, spec.attn_implementation)
+    if not reason:
+        try:
+            model = _build(spec, parallel, pad=False)
+            check_rows(model.module, model.rows, parallel, sharded=model.sharded)
+            return model
+        except (Leak, NotPacked) as error:
+            reason = str(error)
+    LOG.warning("rows of %s are padded, not packed: %s", type(module).__name__, reason)
+    model = _build(spec, parallel, pad=True)
+    check_rows(model.module, model.rows, parallel, sharded=model.sharded)
+    return model
+
+
+def _build(spec: Model, parallel: ParallelSpec, *, pad: bool) -> HfModel:
+    """With `pad`, the attention is Transformers' own (or the recipe's), which reads the padding's mask."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     folder = model_folder(spec.path, spec.revision)
     files = weight_files(folder)
-    module = _on_meta(folder, spec)
+    module, origin = build_on_meta(folder, spec, plain=pad)
     transforms = get_model_conversion_mapping(module)  # by class name, which sharding changes
+    choose_trained(module, spec.train, spec.freeze)
+    if module.config.model_type == "mllama":
+        close_cross_attention(module)
     if parallel.activation_checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     sharded = needs_sharding(parallel)
@@ -163,8 +190,14 @@ def build(spec: Model, parallel: ParallelSpec) -> HfModel:
     _check_ties(module)
     module.train()
     model = HfModel(module, folder, getattr(torch, spec.dtype), sharded)
-    _check_packing(model, parallel)
+    model.rows = padded if pad else packed
+    model.needs_media = parallel.data_parallel > 1 and has_vision(module.config)
+    LOG.info("%s: rows %s, attention %s", origin, "padded" if pad else "packed", _attention(module))
     return model
+
+
+def _attention(module: Any) -> str:
+    return str(module.config.get_text_config()._attn_implementation)
 
 
 def skeleton(spec: Model) -> tuple[Any, Path]:
@@ -172,90 +205,9 @@ def skeleton(spec: Model) -> tuple[Any, Path]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     folder = model_folder(spec.path, spec.revision)
-    module = _on_meta(folder, spec)
+    module, _ = build_on_meta(folder, spec)
     resolve_names(module, weight_files(folder), get_model_conversion_mapping(module))
     return module, folder
-
-
-def _on_meta(folder: Path, spec: Model) -> Any:
-    import transformers
-
-    config = load_config(folder, spec)
-    _check_packable(config)
-    _without_dropout(config)
-    name = (config.architectures or [""])[0]
-    known = getattr(transformers, name, None) if name else None
-    implementation = spec.attn_implementation or attention.NAME
-    try:
-        with torch.device("meta"):
-            if known is not None and not spec.trust_remote_code:
-                return known._from_config(config, attn_implementation=implementation, dtype=torch.float32)
-            return transformers.AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=implementation,
-                dtype=torch.float32,
-                trust_remote_code=spec.trust_remote_code,
-            )
-    except (ValueError, ImportError) as error:
-        raise ModelError(f"{folder} ({name or config.model_type}): {str(error).splitlines()[0]}") from error
-
-
-def _check_packable(config: Any) -> None:
-    """A recurrent layer would carry its state from one packed sequence into the next, and chunks of
-    attention would be counted from the start of the row. Raises ModelError."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or [])
-    if kinds - PACKABLE:
-        raise ModelError(
-            f"{config.model_type} has {', '.join(sorted(kinds - PACKABLE))} layers, "
-            "which leak between packed sequences; it cannot be trained yet"
-        )
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
-        limit = rope.get("original_max_position_embeddings") or text.max_position_embeddings
-        LOG.warning(
-            "%s: rotary embeddings of type %s depend on the longest sequence of a row: keep every sequence "
-            "at %d tokens or less, or its neighbours' log-probs change with it",
-            config.model_type,
-            rope["rope_type"],
-            limit,
-        )
-
-
-def _without_dropout(config: Any) -> None:
-    """The sampler has no dropout, so the trainer's log-probs must have none."""
-    for owner in {id(c): c for c in (config, config.get_text_config())}.values():
-        for key, value in owner.to_dict().items():
-            if "drop" in key and isinstance(value, float) and value > 0:
-                LOG.warning("%s %s set to 0 (config.json has %g)", owner.model_type, key, value)
-                setattr(owner, key, 0.0)
-
-
-@torch.no_grad()
-def _check_packing(model: HfModel, parallel: ParallelSpec) -> None:
-    """What a sequence gets must not depend on its neighbour in the row. A collective when sharded.
-
-    Transformers finds the boundaries for most models, not for all (GPT-OSS makes its masks without the
-    position ids), and says nothing where it does not.
-    """
-    vocabulary = model.module.config.get_text_config().vocab_size
-    results = []
-    for first in (1, 2):
-        neighbour = torch.arange(first, first + 12) % vocabulary
-        ids = torch.cat([neighbour, torch.arange(3, 7) % vocabulary]).to(parallel.device)
-        positions = torch.cat([torch.arange(12), torch.arange(4)]).to(parallel.device)
-        keep = torch.arange(12, 16, device=parallel.device)
-        results.append(model.logits(ids, positions, keep).float().log_softmax(-1))
-    if model.sharded:
-        model.module.reshard()  # a forward without backward leaves the root's parameters whole
-    difference = float((results[0] - results[1]).abs().max())
-    if difference > (1e-4 if parallel.compute_dtype == torch.float32 else 5e-2):
-        raise ModelError(
-            f"packed sequences leak into each other in {type(model.module).__name__} with "
-            f"attn_implementation {model.module.config._attn_implementation} "
-            f"(log-probs moved by {difference:.2g}); "
-            "leave model.attn_implementation out"
-        )
 
 
 def _check_ties(module: Any) -> None:
