@@ -23,6 +23,7 @@ from hpc_rl.policy.exports import EXPORT_LIMIT_S, Exports
 from hpc_rl.policy.guard import SpikeGuard, name_samples
 from hpc_rl.policy.optimizer import clip_gradients, make_optimizer, schedule_factor, set_rates
 from hpc_rl.policy.profiling import StepProfiler
+from hpc_rl.policy.restore import Restorer, stage_file
 from hpc_rl.policy.sft_data import SftData, total_steps
 from hpc_rl.policy.state import TrainingState
 from hpc_rl.policy.step import Ranks, Reduced, SampleId, StepRunner, Totals
@@ -53,7 +54,7 @@ class Fsdp2Trainer:
         self.total_steps = 0
         self.sft: SftData | None = None
         token = f"{context.attempt}.{context.incarnation}"
-        self.saver = Saver(self.rank, self.world_size, token)
+        self.saver = Saver(self.rank, self.world_size, token, stage=stage_file(context))
         self.exports = Exports(self.recipe.model, self.rank, self.world_size, token)
         self.guard = SpikeGuard(self.recipe.policy.guard)
         self._saved: list[SaveResult] = []  # ended, not reported yet
@@ -89,10 +90,13 @@ class Fsdp2Trainer:
         profiles = self.context.run_dir.root / "profile"
         self.profiler = StepProfiler(recipe.policy.profile, profiles, self.rank, self.device)
         self._count_steps()
-        newest = self.context.run_dir.latest_complete()
-        if newest is not None:
-            folder = self.context.run_dir.checkpoint(newest) / "policy"
-            self.step = self._state(0).restore(folder)
+        context = self.context
+        restorer = Restorer(
+            context.run_dir, context.attempt, self.rank, self.device, self._state(0).restore, context.log
+        )
+        self.step = restorer.newest()
+        if recipe.checkpoint.enabled:
+            self.saver.prepare(self._state(0).staging_bytes())
         return self.step
 
     def info(self) -> dict[str, str]:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hpc_rl.checkpoint.loader import load_into, tensors_of
 from hpc_rl.policy.ema import WeightAverage
 from hpc_rl.policy.guard import SpikeGuard
 from hpc_rl.policy.optimizer import create_state
 
+PAGE = 4096
 LOG = logging.getLogger("hpc_rl.policy")
 
 
@@ -55,10 +57,26 @@ class TrainingState:
             state[f"rng_cuda_{self.rank}"] = torch.cuda.get_rng_state()
         return state
 
+    def staging_bytes(self) -> int:
+        """What this rank stages for a save, about: optimizer state that is yet to come is counted in."""
+        moments = 2 if isinstance(self.optimizer, torch.optim.AdamW | torch.optim.Adam) else 0
+        total = 0
+        for tensor in self.tensors().values():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            total += local.nbytes + 2 * PAGE  # with what DCP puts around each
+            if (
+                isinstance(tensor, nn.Parameter)
+                and tensor.requires_grad
+                and tensor not in self.optimizer.state
+            ):
+                total += moments * (local.nbytes + 2 * PAGE)
+        return total
+
     def restore(self, folder: Path) -> int:
         """Fill everything from `folder` (saved by any number of ranks); the step.
 
-        A rank that the saving run did not have keeps its fresh RNG. An average or a guard's window that is
+        A rank that the saving run did not have draws from a fresh seed, a function of its own and the step.
+        An average or a guard's window that is
         not in the checkpoint (or another size) starts anew. Raises CheckpointError.
         """
         create_state(self.optimizer)
@@ -80,6 +98,8 @@ class TrainingState:
             self.guard.restore(state)
         if f"rng_{self.rank}" in loaded:
             torch.set_rng_state(state[f"rng_{self.rank}"])
+        else:
+            torch.manual_seed((torch.initial_seed() * 1_000_003 + int(state["step"])) % 2**63)
         if f"rng_cuda_{self.rank}" in loaded:
             torch.cuda.set_rng_state(state[f"rng_cuda_{self.rank}"])
         return int(state["step"].item())
