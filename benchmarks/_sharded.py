@@ -28,8 +28,8 @@ def work_folder(needed_bytes: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-def random_model(folder: Path, hidden: int, layers: int) -> Path:
-    """Save a random Qwen3 (bfloat16) to `folder`."""
+def random_model(folder: Path, hidden: int, layers: int, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Save a random Qwen3 to `folder`."""
     import transformers
 
     config = transformers.Qwen3Config(
@@ -44,7 +44,7 @@ def random_model(folder: Path, hidden: int, layers: int) -> Path:
         architectures=["Qwen3ForCausalLM"],
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     return folder
 
