@@ -43,6 +43,7 @@ class RunStatus:
     placement: str = ""
     submitted: float | None = None
     checkpoint: int | None = None
+    checkpoint_problem: str | None = None  # saves that failed since the last good one, damaged checkpoints
     wandb: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     roles: list[RoleLine] = field(default_factory=list)
@@ -83,6 +84,7 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
         placement=job.placement if job else "",
         submitted=job.submitted if job else None,
         checkpoint=run.latest_complete(),
+        checkpoint_problem=checkpoint_problem(events, number),
         wandb=read_link(run.wandb),
         metrics=latest(rows),
         roles=role_lines(
@@ -157,6 +159,29 @@ def _ended_without_slurm(
     if job.job_id is None:
         return "FAILED", "its supervisor did not start; see logs/"
     return "PENDING", "Slurm cannot be asked from here, and no attempt has started"
+
+
+def checkpoint_problem(events: Sequence[Mapping[str, Any]], attempt: int) -> str | None:
+    """What is wrong with the checkpoints, newest first; None if the last save went well and all are whole."""
+    problems = []
+    for event in reversed(events):
+        kind = event.get("kind")
+        if kind == "checkpoint_complete":
+            break
+        if kind == "checkpoint_failed":
+            problems.append(
+                f"saving step {event['step']} FAILED ({event['in_a_row']} in a row): {event['error']}"
+            )
+            break
+        if kind == "checkpoint_skipped":
+            problems.append(f"step {event['step']} was not saved: step {event['writing']} was in writing")
+            break
+    problems += [
+        f"{event['checkpoint']} is damaged ({event['reason']}) and was passed over"
+        for event in reversed(events)
+        if event.get("kind") == "checkpoint_bad" and event.get("attempt") == attempt
+    ]
+    return "; ".join(problems) or None
 
 
 def _cause(run: RunDir, attempts: Sequence[Attempt], state: str, view: JobState | None) -> str | None:

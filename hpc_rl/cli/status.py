@@ -46,6 +46,8 @@ def describe(answer: RunStatus) -> str:
     facts.append(("attempt", answer.attempt))
     if answer.checkpoint is not None:
         facts.append(("checkpoint", f"step {answer.checkpoint}"))
+    if answer.checkpoint_problem:
+        facts.append(("WARNING", answer.checkpoint_problem))
     if answer.first_cause:
         facts.append(("first cause", answer.first_cause))
     if answer.redis_restarts:

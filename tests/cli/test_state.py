@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rl.cli._role_lines import RoleLine, role_lines
-from hpc_rl.cli._state import judge, run_status
+from hpc_rl.cli._state import checkpoint_problem, judge, run_status
 from hpc_rl.cli.status import describe
 from hpc_rl.cluster.slurm.states import Component, JobState, State
 from hpc_rl.run.attempts import Attempt, JobRecord, close_attempt, open_attempt, record_job
@@ -194,3 +194,21 @@ def test_the_time_of_a_role_in_a_run_that_is_over_is_that_since_its_end(run: Run
     for end in (123.0, None):  # None: the supervisor was killed, nobody knows when
         (line,) = role_lines(run, 1, read_events(run), live=False, ended=True, end=end)
         assert (line.state, line.since) == ("ended with the run", end)
+
+
+def test_failed_saves_and_damaged_checkpoints_are_in_the_status(run: RunDir) -> None:
+    record_job(run, None, "local", pid=1)
+    open_attempt(run)
+    log = EventLog(run, 1)
+    log.append("checkpoint_complete", step=10, seconds=1.0)
+    assert run_status(run, views={}).checkpoint_problem is None
+    log.append("checkpoint_bad", checkpoint="step_00000010", reason="policy/__0_0.distcp is missing")
+    log.append("checkpoint_failed", step=20, error="OSError: No space left on device", in_a_row=1)
+    log.append("checkpoint_failed", step=30, error="OSError: No space left on device", in_a_row=2)
+    problem = checkpoint_problem(read_events(run), 1)
+    assert problem is not None
+    assert problem.startswith("saving step 30 FAILED (2 in a row): OSError: No space left on device")
+    assert "step_00000010 is damaged (policy/__0_0.distcp is missing)" in problem
+    assert problem in describe(run_status(run, views={}))
+    log.append("checkpoint_complete", step=40, seconds=1.0)
+    assert "FAILED" not in (checkpoint_problem(read_events(run), 1) or "")
