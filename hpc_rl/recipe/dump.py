@@ -34,6 +34,13 @@ def dump_yaml(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
+def flow_yaml(data: Any) -> str:
+    """Plain data as YAML on one line, as it may stand behind a key or inside a flow mapping."""
+    text = yaml.dump([data], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9,
+                     default_flow_style=True)  # fmt: skip
+    return str(text).strip()[1:-1]
+
+
 def dump_resolved(recipe: Recipe) -> str:
     """The complete recipe, every default written. `extends` is spent and becomes null."""
     data = recipe.model_dump(mode="json")
