@@ -96,14 +96,14 @@ def claim(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def supersede(
+def superseded(
     checkpoints: Path,
     max_keep: int,
     *,
     protected: Collection[int] = (),
     writing: Collection[int] = (),
 ) -> list[Path]:
-    """Take superseded checkpoints out of the way (by rename, at once); their former paths.
+    """The folders that may go.
 
     The newest `max_keep` complete ones stay (-1: all; the newest one stays whatever `max_keep` is), and
     the `protected` steps. Partial, bad and aside-moved ones go when a complete one of the same or a later
@@ -120,9 +120,20 @@ def supersede(
         for folder in _folders(checkpoints)
         if not _complete(folder) and (step_of(folder) or 0) < newest and step_of(folder) not in writing
     ]
-    gone += [folder for step, folder in _asides(checkpoints) if step <= newest]
+    return gone + [folder for step, folder in _asides(checkpoints) if step <= newest]
+
+
+def supersede(
+    checkpoints: Path,
+    max_keep: int,
+    *,
+    protected: Collection[int] = (),
+    writing: Collection[int] = (),
+) -> list[Path]:
+    """Take what is `superseded` out of the way (by rename, at once); the former paths."""
+    gone = superseded(checkpoints, max_keep, protected=protected, writing=writing)
     for folder in gone:
-        _take(folder)
+        take(folder)
     return gone
 
 
@@ -144,7 +155,7 @@ def retain(
 def clear_failed(folder: Path) -> None:
     """Remove what is left of a save of this attempt that has failed: it may be what fills the disk."""
     if folder.exists() and not (folder / COMPLETE).exists():
-        _take(folder)
+        take(folder)
 
 
 def clear_dead(checkpoints: Path, writing: Collection[int]) -> list[Path]:
@@ -156,12 +167,13 @@ def clear_dead(checkpoints: Path, writing: Collection[int]) -> list[Path]:
     dead = [folder for folder in partial_checkpoints(checkpoints) if step_of(folder) not in writing]
     dead += [folder for _, folder in _asides(checkpoints) if not (folder / COMPLETE).is_file()]
     for folder in dead:
-        _take(folder)
+        take(folder)
     return dead
 
 
-def _take(folder: Path) -> None:
-    # Renamed first: a crash in the middle of the removal must not leave half a complete checkpoint.
+def take(folder: Path) -> None:
+    """Take a folder out of the way, for `sweep`: a crash in the middle of the removal must not leave half a
+    complete checkpoint under its name."""
     number = 0
     while (going := folder.with_name(f"{_GOING}{number}-{folder.name}")).exists():
         number += 1
