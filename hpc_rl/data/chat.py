@@ -235,7 +235,7 @@ def _put_in_front(conversation: Conversation, kind: str, count: int, where: str)
             text = [{"type": "text", "text": content}] if isinstance(content, str) else content
             message["content"] = [{"type": kind} for _ in range(count)] + text
             return
-    raise DataError(f"{where}: there is a {kind} and no user message to put it into")
+    raise DataError(f"{where}: no user message to put the {kind} into")
 
 
 # --- repair --------------------------------------------------------------------------------------------

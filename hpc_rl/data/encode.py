@@ -45,8 +45,8 @@ class MediaEncoder(Protocol):
 
     template: ChatTemplate
 
-    def prepare(self, conversation: Conversation) -> Conversation:
-        """The conversation with what the processor lacks replaced by what it has."""
+    def open(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation with its media read, and what the processor lacks replaced by what it has."""
         ...
 
     def encode(
@@ -86,7 +86,7 @@ class Encoder:
             raise DataError(f"{where} has images or videos, and the model has no processor for them")
         assert self._template is not None
         if self._media is not None:
-            conversation = self._media.prepare(conversation)
+            conversation = self._media.open(conversation, where)
         messages = self._template.prepared(conversation.messages)
         conversation = replace(conversation, messages=messages)
         found = renderings(self._template, conversation, self._spec.train_on, where)

@@ -1,0 +1,181 @@
+"""Conversations with images and videos through a Hugging Face processor: ids, media, and where text went.
+
+A processor replaces each placeholder of the text by as many tokens as its picture has. It says where it
+did so, and its tokenizer says which part of the expanded text each token stands for; spans to be learned
+move along. Tokens of media are never learned.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from hpc_rl.data.chat import Conversation, Message
+from hpc_rl.data.encode import Encoded
+from hpc_rl.data.errors import DataError
+from hpc_rl.data.media import MediaFiles
+from hpc_rl.data.templates import ChatTemplate, Span
+from hpc_rl.data.tokens import Tokens, control_tokens, regions_of, tokenise
+from hpc_rl.data.turns import Rendering
+from hpc_rl.data.video import Video
+
+_NOT_MEDIA = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
+BLANK_SIZE = 56
+
+
+class Multimodal:
+    """A `MediaEncoder` (data/encode.py) for one processor and one data set."""
+
+    def __init__(self, processor: Any, files: MediaFiles, today: datetime | None = None) -> None:
+        self._processor, self._files = processor, files
+        self._tokenizer = processor.tokenizer
+        if not self._tokenizer.is_fast:
+            raise DataError(f"{type(processor).__name__} has no fast tokenizer: the loss mask needs offsets")
+        template = ChatTemplate.of_tokenizer(self._tokenizer, processor=processor, today=today)
+        if template is None:
+            raise DataError("images and videos need a processor with a chat template")
+        self.template: ChatTemplate = template
+        self._control = control_tokens(self._tokenizer)
+        self._takes_videos = "video_processor" in processor.get_attributes()
+        self._placeholders = frozenset(
+            self._tokenizer.convert_tokens_to_ids(list(processor.all_special_multimodal_tokens))
+        )
+
+    def open(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation with its media read. Videos become images where the processor takes none."""
+        images = [self._files.image(source, where) for source in conversation.images]
+        videos = [self._files.video(source, where) for source in conversation.videos]
+        opened = replace(conversation, images=images, videos=videos)
+        return opened if self._takes_videos or not videos else _as_images(opened)
+
+    def encode(
+        self, rendering: Rendering, conversation: Conversation, where: str
+    ) -> tuple[str, list[Span], Tokens, dict[str, Any] | None, list[int]]:
+        """See `MediaEncoder`. Raises DataError where the processor refuses."""
+        import torch
+
+        text, bos = rendering.text, self._tokenizer.bos_token
+        special = bos is not None and not text.startswith(bos)
+        parts = [part["type"] for m in conversation.messages[: rendering.messages] for part in _parts(m)]
+        images = conversation.images[: parts.count("image")]
+        videos = conversation.videos[: parts.count("video")]
+        if not images and not videos:
+            return text, rendering.spans, tokenise(self._tokenizer, text, rendering.spans, special), None, []
+        output = self._call(text, images, videos, special, where)
+        text, spans, media_spans = _expanded(text, rendering.spans, output)
+        ids = output["input_ids"][0].tolist()
+        tokens = Tokens(ids, regions_of(output["offset_mapping"][0].tolist(), len(text)))
+        self._check(tokens, text, where)
+        never = [t for t, token in enumerate(ids) if token in self._placeholders]
+        starts = [start for start, _ in media_spans]
+        for t, (start, end) in enumerate(tokens.regions):
+            span = bisect_right(starts, start) - 1
+            if span >= 0 and end <= media_spans[span][1]:
+                never.append(t)
+        media = {name: torch.as_tensor(value) for name, value in output.items() if name not in _NOT_MEDIA}
+        return text, spans, tokens, media, never
+
+    def blank(self) -> Encoded:
+        """A short sequence with one small blank image, of which nothing is learned.
+
+        It stands in where a forward has no picture: the collectives of a sharded vision tower pair up
+        between ranks only if every rank runs it.
+        """
+        from PIL import Image
+
+        image = Image.new("RGB", (BLANK_SIZE, BLANK_SIZE), (255, 255, 255))
+        messages: list[Message] = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]},
+            {"role": "assistant", "content": "."},
+        ]
+        messages = self.template.prepared(messages)
+        rendering = Rendering(self.template.render(messages), [], len(messages))
+        conversation = Conversation(messages, images=[image])
+        _, _, tokens, media, _ = self.encode(rendering, conversation, "the blank image")
+        return Encoded(tokens.ids, [0] * len(tokens.ids), media)
+
+    def _call(self, text: str, images: list[Any], videos: list[Video], special: bool, where: str) -> Any:
+        options: dict[str, Any] = {"add_special_tokens": special, "return_tensors": "pt"}
+        options |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        if images:
+            options["images"] = [images]
+        if videos:
+            options |= {"videos": [video.frames for video in videos], "do_sample_frames": False}
+            options["video_metadata"] = [_metadata(video) for video in videos]
+        try:
+            return self._processor(text=[text], **options)
+        except (ValueError, TypeError, IndexError, KeyError, StopIteration) as error:
+            name = type(self._processor).__name__
+            raise DataError(f"{where}: {name} refuses its {len(images)} images: {error}") from error
+
+    def _check(self, tokens: Tokens, text: str, where: str) -> None:
+        """Control tokens stand where the expanded text has them; else no mask could be trusted."""
+        for token, (start, end) in zip(tokens.ids, tokens.regions, strict=True):
+            if token in self._control and start < end:
+                written = self._tokenizer.convert_ids_to_tokens(token)
+                if text[start:end] != written:
+                    name = type(self._processor).__name__
+                    raise DataError(f"{where}: {name} does not say how it expands images into tokens")
+
+
+def _parts(message: Message) -> list[dict[str, Any]]:
+    return message["content"] if isinstance(message["content"], list) else []
+
+
+def _as_images(conversation: Conversation) -> Conversation:
+    """Each video as its frames."""
+    from PIL import Image
+
+    images, videos = iter(conversation.images), iter(conversation.videos)
+    found: list[Any] = []
+    messages = []
+    for message in conversation.messages:
+        parts: list[dict[str, Any]] = []
+        for part in _parts(message):
+            if part["type"] == "image":
+                found.append(next(images))
+            if part["type"] == "video":
+                frames = next(videos).frames
+                found += [Image.fromarray(frame) for frame in frames]
+                parts += [{"type": "image"} for _ in frames]
+            else:
+                parts.append(part)
+        messages.append({**message, "content": parts} if parts else message)
+    return replace(conversation, messages=messages, images=found, videos=[])
+
+
+def _metadata(video: Video) -> Any:
+    from transformers.video_utils import VideoMetadata
+
+    height, width = video.frames.shape[1:3]
+    return VideoMetadata(
+        total_num_frames=video.total,
+        fps=video.fps,
+        width=width,
+        height=height,
+        duration=video.duration,
+        video_backend="pyav",
+        frames_indices=list(video.indices),
+    )
+
+
+def _expanded(text: str, spans: list[Span], output: Any) -> tuple[str, list[Span], list[Span]]:
+    """`(the text as the processor's tokenizer saw it, the spans in it, the spans of media)`."""
+    places = (output.get("text_replacement_offsets") or [[]])[0]
+    pieces, reached, media = [], 0, []
+    ends, gained = [0], [0]
+    for place in places:
+        start, end = place["span"]
+        pieces += [text[reached:start], place["replacement"]]
+        reached = end
+        media.append(tuple(place["new_span"]))
+        ends.append(end)
+        gained.append(place["new_span"][1] - end)
+    whole = "".join([*pieces, text[reached:]])
+
+    def moved(place: int) -> int:
+        return place + gained[bisect_right(ends, place) - 1]
+
+    return whole, [(moved(start), moved(end)) for start, end in spans], media
