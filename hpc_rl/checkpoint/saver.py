@@ -31,6 +31,7 @@ from hpc_rl.checkpoint.manifest import WRITTEN, FileEntry, Written, write_atomic
 from hpc_rl.checkpoint.writer import PAGE, Answer, Report, Request, map_buffer
 
 LOG = logging.getLogger("hpc_rl.checkpoint")
+KILL_S = 10.0  # for a killed process to end; one that waits for a disk in the kernel does not
 
 
 @dataclass
@@ -126,6 +127,7 @@ class Saver:
     def poll(self) -> list[SaveResult]:
         """Saves that ended since the last call. On ranks other than 0 only failures of their own."""
         self._take_answer(0.0)
+        self._expire()
         for flight in list(self._unfinished):
             self._finish(flight)
         results, self._ended = self._ended, []
@@ -135,8 +137,6 @@ class Saver:
         """Block until nothing is in flight (on rank 0: on any rank). Bounded by the time limit."""
         results = self.poll()
         while self._flight is not None or self._unfinished:
-            if self._flight is not None and time.monotonic() - self._flight.began > self.timeout_s:
-                self._kill()
             time.sleep(0.01)
             results += self.poll()
         return results
@@ -146,11 +146,9 @@ class Saver:
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            try:
-                self._process.wait(30.0)
-            except subprocess.TimeoutExpired:
+            if self._ended_within(self._process, 30.0) is None:
                 self._process.kill()
-                self._process.wait()
+                self._ended_within(self._process, KILL_S)
             self._process = None
         if self._handle >= 0:
             os.close(self._handle)
@@ -215,9 +213,23 @@ class Saver:
         except BrokenPipeError:
             LOG.error("the writer process of rank %d is gone", self.rank)  # `poll` says so of this save
 
-    def _kill(self) -> None:
-        if self._process is not None:
+    def _expire(self) -> None:
+        """A writer that is past the time limit is killed; one that even so does not end is left behind."""
+        if self._flight is None or self._process is None:
+            return
+        late = time.monotonic() - self._flight.began - self.timeout_s
+        if late > KILL_S:
+            LOG.critical("the writer process %d hangs in the kernel; a new one is started", self._process.pid)
+            flight, self._flight, self._process, self._preparing = self._flight, None, None, 0
+            self._give_up(flight, f"the writer of rank {self.rank} hangs in the kernel (a dead filesystem?)")
+        elif late > 0:
             self._process.kill()
+
+    def _ended_within(self, process: subprocess.Popen[str], limit_s: float) -> int | None:
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _take_answer(self, wait_s: float) -> bool:
         """Whether the writer is idle now; a failure is noted for `poll` and left for rank 0."""
@@ -248,7 +260,7 @@ class Saver:
         line = process.stdout.readline()
         if line:
             return msgspec.json.decode(line, type=Answer)
-        code = process.wait(10.0)
+        code = self._ended_within(process, KILL_S)
         self._process, self._preparing = None, 0
         return Answer("-", error=f"the writer process of rank {self.rank} ended with code {code}")
 

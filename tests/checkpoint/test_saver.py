@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from hpc_rl.checkpoint.layout import write_complete
 from hpc_rl.checkpoint.loader import CheckpointError, load_into, tensors_of
+from hpc_rl.checkpoint.manifest import checksum, read_manifest, verify
 from hpc_rl.checkpoint.saver import Saver
 from tests.ranks import run_ranks
 
@@ -95,6 +104,131 @@ def test_a_dead_writer_is_reported_and_replaced(tmp_path: Path) -> None:
         assert [r.error for r in saver.wait()] == [""]
     finally:
         saver.close()
+
+
+def save(saver: Saver, step: int, folder: Path, state: dict[str, torch.Tensor]) -> str:
+    """The error of one save, "" if it went well."""
+    saver.stage(step, folder, state)
+    (result,) = saver.wait()
+    assert result.step == step
+    return result.error
+
+
+def test_plain_dcp_reads_what_we_write(tmp_path: Path) -> None:
+    saver = Saver(0, 1, "t")
+    assert save(saver, 4, tmp_path / "c", state_of(4)) == ""
+    saver.close()
+    restored = {name: torch.zeros_like(value) for name, value in state_of(4).items()}
+    dcp.load(restored, storage_reader=dcp.FileSystemReader(tmp_path / "c"), no_dist=True)
+    assert all(torch.equal(restored[name], value) for name, value in state_of(4).items())
+    dcp_to_torch_save(tmp_path / "c", tmp_path / "one.pt")
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    assert all(torch.equal(one[name], value) for name, value in state_of(4).items())
+
+
+def test_what_dcp_writes_we_read(tmp_path: Path) -> None:
+    dcp.save(state_of(4), checkpoint_id=tmp_path / "c", no_dist=True)
+    restored = {name: torch.zeros_like(value) for name, value in state_of(4).items()}
+    load_into(tmp_path / "c", restored)
+    assert all(torch.equal(restored[name], value) for name, value in state_of(4).items())
+
+
+def test_the_account_is_of_the_bytes_on_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000004"
+    saver = Saver(0, 1, "t")
+    assert save(saver, 4, folder / "policy", state_of(4)) == ""
+    saver.close()
+    write_complete(folder)
+    manifest = read_manifest(folder)
+    assert manifest.world_size == 1
+    assert manifest.files["policy/__0_0.distcp"].xxh3 == checksum(folder / "policy" / "__0_0.distcp")
+    assert manifest.files["policy/.metadata"].xxh3 == checksum(folder / "policy" / ".metadata")
+    assert verify(folder, checksums=True) == ""
+
+
+def test_the_layout_may_change_from_save_to_save(tmp_path: Path) -> None:
+    saver = Saver(0, 1, "t")
+    saver.prepare(1000)  # less than is needed
+    small, large = {"a": torch.randn(3)}, {"a": torch.randn(3), "b": torch.randn(1000, 700)}
+    for step, state in enumerate((small, large, small)):
+        assert save(saver, step, tmp_path / str(step), state) == ""
+        again = {name: torch.zeros_like(value) for name, value in state.items()}
+        load_into(tmp_path / str(step), again)
+        assert all(torch.equal(again[name], value) for name, value in state.items())
+        assert set(tensors_of(tmp_path / str(step))) == set(state)
+    saver.close()
+
+
+def test_a_save_is_given_up_while_the_one_before_is_stuck_and_training_goes_on(tmp_path: Path) -> None:
+    saver = Saver(0, 1, "t", wait_s=0.1)
+    saver.prepare()
+    assert saver._process is not None
+    os.kill(saver._process.pid, signal.SIGSTOP)  # as in a filesystem that hangs
+    saver.stage(1, tmp_path / "1", state_of(1))
+    stall = saver.stage(2, tmp_path / "2", state_of(2))
+    assert 0.1 <= stall < 5.0
+    (result,) = saver.poll()
+    assert (result.step, result.error) == (2, "skipped: step 1 is still being written after 0 s")
+    os.kill(saver._process.pid, signal.SIGCONT)
+    assert [(r.step, r.error) for r in saver.wait()] == [(1, "")]
+    assert save(saver, 3, tmp_path / "3", state_of(3)) == ""
+    saver.close()
+
+
+def test_a_writer_that_hangs_is_ended_at_the_time_limit(tmp_path: Path) -> None:
+    saver = Saver(0, 1, "t", timeout_s=0.5)
+    saver.prepare()
+    assert saver._process is not None
+    os.kill(saver._process.pid, signal.SIGSTOP)
+    error = save(saver, 1, tmp_path / "1", state_of(1))
+    assert "policy ranks [0] have not written step 1" in error or "ended with code -9" in error
+    assert save(saver, 2, tmp_path / "2", state_of(2)) == ""
+    saver.close()
+
+
+def test_a_file_that_may_not_grow_is_an_error_of_that_save(tmp_path: Path) -> None:
+    """The limit on file size is a full disk that needs no mount: the same place, another errno."""
+    saver = Saver(0, 1, "t")
+    saver.prepare()
+    assert saver._process is not None
+    state = {"a": torch.randn(3 << 20)}  # 12 MiB
+    soft, hard = resource.prlimit(saver._process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(saver._process.pid, resource.RLIMIT_FSIZE, (1 << 20, hard))
+    assert "File too large" in save(saver, 1, tmp_path / "1", state)
+    assert not list((tmp_path / "1").glob("*.distcp"))  # nothing left that fills the disk
+    resource.prlimit(saver._process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+    assert save(saver, 2, tmp_path / "2", state) == ""
+    saver.close()
+
+
+def test_a_folder_that_is_removed_while_it_is_written_is_an_error(tmp_path: Path) -> None:
+    saver = Saver(0, 1, "t")
+    saver.prepare()
+    assert saver._process is not None
+    state = {"a": torch.randn(16 << 20)}  # 64 MiB
+    saver.stage(1, tmp_path / "1", state)
+    while not (tmp_path / "1" / "__0_0.distcp").exists():
+        time.sleep(0.001)
+    shutil.rmtree(tmp_path / "1")
+    (result,) = saver.wait()
+    assert "No such file or directory" in result.error
+    assert save(saver, 2, tmp_path / "2", state) == ""
+    saver.close()
+
+
+@pytest.mark.parametrize("stage", ["disk", "nothing"])
+def test_staging_on_the_nodes_own_disk(tmp_path: Path, stage: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "nothing").write_text("not a folder: nothing can be staged below it")
+    local = tmp_path / stage / "run" / "rank_0.distcp"
+    saver = Saver(0, 1, "t", stage=local)
+    state = {**state_of(1), "large": torch.randn(5 << 20)}  # 20 MiB: several chunks
+    assert save(saver, 1, tmp_path / "c", state) == ""
+    saver.close()
+    assert not local.exists()
+    assert ("not staged" in caplog.text) == (stage == "nothing")
+    again = {name: torch.zeros_like(value) for name, value in state.items()}
+    load_into(tmp_path / "c", again)
+    assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
 def sharded(value: torch.Tensor, world_size: int) -> DTensor:
