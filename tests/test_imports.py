@@ -65,6 +65,7 @@ NO_TORCH_MODULES = [
     "hpc_rl.data.prompts",
     "hpc_rl.algorithms.advantages",
     "hpc_rl.checkpoint.layout",
+    "hpc_rl.checkpoint.cleaning",
     "hpc_rl.checkpoint.manifest",
     "hpc_rl.checkpoint.writer",
 ]

@@ -29,6 +29,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     )
 
 
+def size(nbytes: float) -> str:
+    """`512 B`, `3.4 MiB`, `14.9 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
 def ago(then: float | None, now: float | None = None) -> str:
     """`45s`, `12m`, `3h`, `2d`; `-` for no time."""
     if then is None:

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("logs", "Show the logs of a run."),
     "cancel": ("cancel", "End a run, at once or after a checkpoint."),
     "export": ("export", "Write a checkpoint as safetensors."),
+    "clean": ("clean", "Remove what a run no longer needs."),
     "convert": ("convert", "Turn a cosmos-rl configuration into a recipe."),
     "site": ("site", "Draft and list site profiles."),
     "devcluster": ("devcluster", "A private real Slurm on this machine."),
