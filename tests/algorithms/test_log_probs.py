@@ -21,7 +21,7 @@ def reference(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("block", [1, 64, 1 << 22])
 def test_values_gradient_and_entropy(temperature: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", {"cpu": block})
     torch.manual_seed(0)
     logits = (torch.randn(17, 33, dtype=torch.float64) * 4).requires_grad_()
     targets = torch.randint(33, (17,))

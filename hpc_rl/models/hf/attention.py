@@ -41,10 +41,12 @@ class Stack:
 @dataclass(frozen=True)
 class PackedLayout:
     """Where the sequences of a packed row are. `restore` [T] brings the concatenated outputs of all
-    stacks back into the row's order."""
+    stacks back into the row's order. `in_order`: all sequences are of one length, so that the one stack
+    is the row itself, and nothing has to be copied."""
 
     stacks: list[Stack]
     restore: Tensor
+    in_order: bool = False
 
 
 def spans_of(position_ids: Tensor) -> list[tuple[int, int]]:
@@ -80,7 +82,8 @@ def layout_of(position_ids: Tensor, blocks: Tensor | None = None) -> PackedLayou
         ours = torch.where(inside, own_blocks[gather], -1).to(position_ids.device) if images else None
         stacks.append(Stack(gather.flatten().to(position_ids.device), len(spans), width, ours))
         filled += gather.numel()
-    return PackedLayout(stacks, homes.to(position_ids.device))
+    lengths_seen = {length for spans in by_size.values() for _, length in spans}
+    return PackedLayout(stacks, homes.to(position_ids.device), in_order=len(lengths_seen) == 1)
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -118,10 +121,12 @@ def packed_attention(
         raise NotPacked(f"{type(module).__name__} attends to something else than its own row")
     outputs = []
     for stack in packed_layout.stacks:
-        q, k, v = (
-            t[0].index_select(1, stack.gather).unflatten(1, (stack.count, stack.width)).transpose(0, 1)
+        shape = (stack.count, stack.width)
+        rows = [
+            t[0] if packed_layout.in_order else t[0].index_select(1, stack.gather)
             for t in (query, key, value)
-        )
+        ]
+        q, k, v = (t.unflatten(1, shape).transpose(0, 1) for t in rows)
         mask = _mask(stack, sliding_window, q.device)
         if softcap is not None or s_aux is not None:
             out = _plain(q, k, v, scaling, mask, softcap, s_aux)
@@ -136,6 +141,8 @@ def packed_attention(
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [B * L, H, D]
+    if packed_layout.in_order:
+        return outputs[0].unsqueeze(0), None
     return torch.cat(outputs).index_select(0, packed_layout.restore).unsqueeze(0), None
 
 
