@@ -8,7 +8,7 @@ that sequences of the tests exceed them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import transformers as T
@@ -41,9 +41,8 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6
 
 @dataclass(frozen=True)
 class Family:
-    """`config` makes the tiny configuration; `two_kv_heads` are the changes that let it split over two
-    tensor-parallel ranks (None: Transformers has no plan). `packed`: our path packs its rows (with images,
-    too). `vllm`: vLLM serves it. `changes` go into the configuration of its text part."""
+    """`config` makes the tiny configuration. `packed`: our path packs its rows (with images, too); `tp`:
+    Transformers has a plan to split it; `vllm`: vLLM serves it."""
 
     name: str
     config: Callable[..., Any]
@@ -51,7 +50,6 @@ class Family:
     packed: bool = True
     tp: bool = True
     vllm: bool = True
-    changes: dict[str, Any] = field(default_factory=dict)
 
 
 def _text(cls: Any, **options: Any) -> Callable[..., Any]:
@@ -144,10 +142,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gpt_oss",
             _text(T.GptOssConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+            tp=False,
         ),
         Family("gemma3_vlm", _gemma3, vision=True),
         Family("llava", _llava, vision=True),
-        Family("mllama", _mllama, vision=True, packed=False, vllm=False),
+        Family("mllama", _mllama, vision=True, packed=False, tp=False, vllm=False),
         Family("qwen2_vl", _qwen_vl(T.Qwen2VLConfig, {"embed_dim": 32, "hidden_size": 128}), vision=True),
         Family("qwen2_5_vl", _qwen_vl(T.Qwen2_5_VLConfig, _QWEN2_5_VISION), vision=True),
         Family("qwen3_vl", _qwen_vl(T.Qwen3VLConfig, _QWEN3_VISION), vision=True),

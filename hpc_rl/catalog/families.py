@@ -1,4 +1,4 @@
-"""Facts about model families that are not in a `config.json`: tensor-parallel rule, vLLM support.
+"""Facts about model families that are not in a `config.json`: tensor-parallel plan, vLLM support.
 
 Kept true by the models' contract test. A family that is not here is a warning, never an error.
 """
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """`model_types` are the `model_type` values of config.json; `vllm` says whether vLLM serves it."""
+    """`model_types` are the `model_type` values of config.json; `vllm` says whether vLLM serves it, `tp`
+    whether Transformers has a plan to split its layers, `vision` whether it sees images."""
 
     name: str
     model_types: tuple[str, ...]
     vllm: bool = True
     moe: bool = False
+    tp: bool = True
+    vision: bool = False
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -28,12 +31,16 @@ FAMILIES: tuple[Family, ...] = (
     Family("Mixtral", ("mixtral",), moe=True),
     Family("Gemma", ("gemma", "gemma2", "gemma3_text")),
     Family("Phi-3", ("phi3",)),
-    Family("GPT-2", ("gpt2",)),
+    Family("GPT-OSS", ("gpt_oss",), moe=True, tp=False),
+    Family("GPT-2", ("gpt2",), tp=False),
     Family("GPT-NeoX", ("gpt_neox",)),
     Family("OLMo", ("olmo", "olmo2")),
     Family("SmolLM3", ("smollm3",)),
-    Family("Qwen2-VL", ("qwen2_vl", "qwen2_5_vl")),
-    Family("Qwen3-VL", ("qwen3_vl",)),
+    Family("Gemma 3 with images", ("gemma3",), vision=True),
+    Family("LLaVA", ("llava",), vision=True),
+    Family("Llama 3.2 Vision", ("mllama",), vllm=False, tp=False, vision=True),
+    Family("Qwen2-VL", ("qwen2_vl", "qwen2_5_vl"), vision=True),
+    Family("Qwen3-VL", ("qwen3_vl",), vision=True),
 )
 
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}

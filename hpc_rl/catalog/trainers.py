@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # trainer -> dimensions of policy.parallel that may exceed 1; a plugin's trainer is not limited here
-MESH_DIMENSIONS: dict[str, frozenset[str]] = {"fsdp2": frozenset({"dp_replicate", "dp_shard"})}
+MESH_DIMENSIONS: dict[str, frozenset[str]] = {"fsdp2": frozenset({"dp_replicate", "dp_shard", "tp"})}
 
 
 def unsupported_dimensions(trainer: str, parallel: dict[str, int]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from hpc_rl.catalog.facts import ModelFacts, ModelFilesError, read_facts
 from hpc_rl.catalog.families import policy_tp_error, rollout_tp_error
 from hpc_rl.catalog.local_models import find_model
-from hpc_rl.catalog.trainers import unsupported_dimensions
+from hpc_rl.catalog.trainers import MESH_DIMENSIONS, unsupported_dimensions
 from hpc_rl.plan.advice import advice
 from hpc_rl.plan.groups import Placement, Sizer
 from hpc_rl.plan.memory import estimate, memory_warnings
@@ -42,16 +42,18 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
         problems.append(loaded.problem(text, "cluster", "reward"))
     mesh = Mesh(**recipe.policy.parallel.model_dump())
     for name in unsupported_dimensions(recipe.policy.trainer, mesh.model_dump()):
-        able = f"trainer {recipe.policy.trainer} shards by dp_replicate and dp_shard, keep 1"
+        able = f"trainer {recipe.policy.trainer} shards by dp_replicate, dp_shard and tp, keep 1"
         problems.append(loaded.problem(f"is {getattr(mesh, name)}; {able}", "policy", "parallel", name))
-    if recipe.model.lora is not None and recipe.policy.trainer == "fsdp2":
-        problems.append(loaded.problem("trainer fsdp2 trains all weights; set it to null", "model", "lora"))
+    if recipe.model.lora is not None and mesh.tp > 1 and recipe.policy.trainer == "fsdp2":
+        text = f"is {mesh.tp}; adapters (model.lora) are not split by tensor, keep 1"
+        problems.append(loaded.problem(text, "policy", "parallel", "tp"))
     facts = _facts(loaded, site, problems)
     warnings = [*sizer.warnings, *advice(loaded, placement, here=here)]
     memory = None
     if facts is not None:
         problems += _head_problems(loaded, facts) + _length_problems(loaded, facts)
-        warnings += _family_warnings(recipe, facts)
+        problems += _family_problems(loaded, facts)
+        warnings += _family_warnings(facts)
         if facts.parameters is not None:
             gpu_gb = site.gpus.memory_gb if any(group.gpus_per_task for group in groups) else None
             memory = estimate(recipe, facts.parameters, mesh, gpu_gb)
@@ -163,11 +165,23 @@ def _length_problems(loaded: LoadedRecipe, facts: ModelFacts) -> list[Problem]:
     ]
 
 
-def _family_warnings(recipe: Recipe, facts: ModelFacts) -> list[str]:
-    if facts.family is None:
-        return [
-            f"model type {facts.model_type!r} is not in the catalog; only its heads are checked against tp"
-        ]
-    if recipe.rollout is not None and recipe.rollout.engine == "vllm" and not facts.family.vllm:
-        return [f"vLLM does not serve {facts.family.name}; use rollout.engine hf"]
-    return []
+def _family_problems(loaded: LoadedRecipe, facts: ModelFacts) -> list[Problem]:
+    """What Transformers or vLLM is known not to do for this family."""
+    recipe, family = loaded.recipe, facts.family
+    if family is None:
+        return []
+    problems = []
+    tp = recipe.policy.parallel.tp
+    if tp > 1 and recipe.policy.trainer in MESH_DIMENSIONS and not family.tp:
+        text = f"is {tp}; Transformers has no plan to split {family.name} models, keep 1 and use dp_shard"
+        problems.append(loaded.problem(text, "policy", "parallel", "tp"))
+    if recipe.rollout is not None and recipe.rollout.engine == "vllm" and not family.vllm:
+        text = f"is 'vllm', which does not serve {family.name} models; use hf"
+        problems.append(loaded.problem(text, "rollout", "engine"))
+    return problems
+
+
+def _family_warnings(facts: ModelFacts) -> list[str]:
+    if facts.family is not None:
+        return []
+    return [f"model type {facts.model_type!r} is not in the catalog; only its heads are checked against tp"]

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from hpc_rl.recipe.schema import Optimizer
@@ -148,11 +150,35 @@ def decay_steps(options: Optimizer, total_steps: int) -> int:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> Tensor:
-    """Scale the gradients to a total norm of `clip_norm` at most; the norm before, over all ranks."""
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # a collective
+    """Scale the gradients to a total norm of `clip_norm` at most; the norm before, over all ranks.
+
+    Each element counts once: parts on other ranks are added, copies (of replicas, and of what tensor
+    parallelism does not split) are not.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = _total_norm(gradients)
     if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(locals_, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients, which may lie on several meshes. A collective where they are sharded."""
+    by_home: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            split = tuple(i for i, p in enumerate(gradient.placements) if not p.is_replicate())
+            by_home.setdefault((gradient.device_mesh, split), []).append(gradient.to_local())
+        else:
+            by_home.setdefault((None, ()), []).append(gradient)
+    norms = []
+    for (mesh, split), parts in by_home.items():
+        norm = torch.nn.utils.get_total_norm(parts)
+        if mesh is not None and split:
+            square = norm.square()
+            for dimension in split:
+                dist.all_reduce(square, group=mesh.get_group(dimension))
+            norm = square.sqrt()
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

@@ -28,6 +28,8 @@ from tests.tiny_models import save_model
 from tests.tiny_vlms import encode, picture, processor, save_vlm
 
 CPU = torch.device("cpu")
+ONE = ParallelSpec(CPU, torch.float32)
+TP2 = ParallelSpec(CPU, torch.float32, tp=2)
 TOLERANCE, FLOOR = 1e-5, 1e-7
 STEPS = 5
 OPTIMIZERS = {
@@ -169,6 +171,30 @@ def train(model: HfModel, optimizer: str, rows: list[Row], tokens: int, parallel
         torch_optimizer.step()
         torch_optimizer.zero_grad(set_to_none=True)
     return history
+
+
+def train_and_compare(
+    family: str, folder: str, spec: ParallelSpec, rank: int, rows: list[Row], expected: dict[str, Any]
+) -> None:
+    """Train on this rank's rows and compare with one process that had all of them."""
+    own = rows[rank // spec.tp :: spec.data_parallel]
+    tokens = tokens_of(rows)
+    for name, history in expected.items():
+        model = build_model(folder, spec)
+        if model.needs_media:
+            blank = blank_of(family)
+            own = [row if any(s.media for s in row) else [*row, blank] for row in own]
+        ours = train(model, name, own, tokens, spec)
+        for step, (a, b) in enumerate(zip(ours.losses, history["losses"], strict=True)):
+            assert abs(a - b) <= TOLERANCE, f"{name} {spec}: loss of step {step} is {a}, not {b}"
+        for parameter, gradient in ours.first.items():
+            same_gradient(f"{name} {spec} {parameter}", gradient, history["first"].get(parameter))
+        missing = history["first"].keys() - ours.first.keys()
+        assert not missing, f"no gradients of {sorted(missing)}"
+        for step, (a, b) in enumerate(zip(ours.norms, history["norms"], strict=True)):
+            assert abs(a - b) <= TOLERANCE * max(1.0, b), (
+                f"{name} {spec}: norm of step {step} is {a}, not {b}"
+            )
 
 
 def full(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hpc_rl.checkpoint.export import Export, write_now
 from hpc_rl.models.hf import rows as ways
 from tests.families import FAMILIES
 from tests.models import contract as c
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
@@ -74,3 +75,30 @@ def test_exports_are_what_save_pretrained_writes(
     again = c.reference(tmp_path / "ours")
     for name, tensor in plain.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def check_sharded(rank: int, _: int, family: str, folder: str, scratch: str) -> None:
+    """Four processes: two are FSDP x 2 while the other two are TP x 2; then all are HSDP 2 x 2."""
+    base, half = Path(scratch), rank // 2
+    expected = torch.load(base / "expected.pt", weights_only=True)
+    rows = c.rows_of(family)
+    if half == 0 or FAMILIES[family].tp:
+        spec = c.ParallelSpec(c.CPU, torch.float32, dp_shard=2) if half == 0 else c.TP2
+        with c.world(base, f"store{half}", rank % 2, 2):
+            c.train_and_compare(family, folder, spec, rank % 2, rows, expected)
+    with c.world(base, "store", rank, 4):
+        spec = c.ParallelSpec(c.CPU, torch.float32, dp_replicate=2, dp_shard=2)
+        c.train_and_compare(family, folder, spec, rank, rows, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fsdp_hsdp_and_tp_equal_one_process(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Losses of five steps with SGD and AdamW, gradient norms, and the gradients of the first step."""
+    rows = c.rows_of(family)
+    expected = {}
+    for name in c.OPTIMIZERS:
+        history = c.train(c.build_model(folders[family]), name, rows, c.tokens_of(rows), c.ONE)
+        expected[name] = vars(history)
+        assert history.losses[-1] < history.losses[0] - 0.01
+    torch.save(expected, tmp_path / "expected.pt")
+    run_ranks(check_sharded, 4, tmp_path, family, str(folders[family]), str(tmp_path), group=False)

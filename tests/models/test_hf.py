@@ -209,8 +209,8 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         build_one(folder)
-    with pytest.raises(ModelError, match=r"policy\.parallel\.tp = 2"):
-        check_parallel({"tp": 2})
+    with pytest.raises(ModelError, match=r"policy\.parallel\.pp = 2"):
+        check_parallel({"tp": 2, "pp": 2})
 
 
 def test_unused_tensors_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,12 +38,31 @@ def test_tp_must_divide_the_heads(plan: Make, model_folder: Folder) -> None:
 
 def test_a_mesh_that_the_trainer_cannot_do_is_refused(plan: Make) -> None:
     with pytest.raises(RecipeError) as caught:
-        plan("policy.parallel={dp_shard: 2, tp: 2, cp: 2}", trainer="fsdp2")
+        plan("policy.parallel={dp_shard: 1, tp: 2, pp: 2, cp: 2}", trainer="fsdp2")
     assert str(caught.value).splitlines() == [
-        f"override 'policy.parallel={{dp_shard: 2, tp: 2, cp: 2}}': policy.parallel.{name}: is 2; "
-        "trainer fsdp2 shards by dp_replicate and dp_shard, keep 1"
-        for name in ("tp", "cp")
+        f"override 'policy.parallel={{dp_shard: 1, tp: 2, pp: 2, cp: 2}}': policy.parallel.{name}: is 2; "
+        "trainer fsdp2 shards by dp_replicate, dp_shard and tp, keep 1"
+        for name in ("pp", "cp")
     ]
+
+
+def test_what_a_family_cannot_do_is_refused_before_the_queue(plan: Make, model_folder: Folder) -> None:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    path = f"model.path={model_folder(model_type='gpt_oss', **HEADS | heads)}"
+    plan(path, trainer="fsdp2")
+    with pytest.raises(RecipeError) as caught:
+        plan(path, "policy.parallel={dp_shard: 4, tp: 2}", trainer="fsdp2")
+    assert str(caught.value) == (
+        "override 'policy.parallel={dp_shard: 4, tp: 2}': policy.parallel.tp: is 2; "
+        "Transformers has no plan to split GPT-OSS models, keep 1 and use dp_shard"
+    )
+    path = f"model.path={model_folder(model_type='mllama', text_config=HEADS)}"
+    plan(path, "rollout.engine=hf")
+    with pytest.raises(RecipeError) as caught:
+        plan(path)
+    assert "rollout.engine: is 'vllm', which does not serve Llama 3.2 Vision models; use hf" in str(
+        caught.value
+    )
 
 
 def test_nested_text_config_of_a_vision_model_counts(plan: Make, model_folder: Folder) -> None:

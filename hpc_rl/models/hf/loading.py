@@ -1,6 +1,6 @@
 """Weights from safetensors into a sharded model, never the whole model in one process at once.
 
-Every rank reads what it needs: of a tensor that is in the file as it is in memory, only its own rows,
+Every rank reads what it needs: of a tensor that is in the file as it is in memory, only its own part,
 straight into the shard; of one that is put together from several (experts, fused projections), these
 several, one target at a time. Names and conversions are transformers' own
 (`core_model_loading`), so whatever `from_pretrained` reads is read here.
@@ -8,17 +8,18 @@ several, one target at a time. Names and conversions are transformers' own
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -32,25 +33,29 @@ from hpc_rl.models.hf.reading import Reader
 LOG = logging.getLogger("hpc_rl.models")
 
 
-def load_weights(module: Any, files: dict[str, Path], transforms: list[Any]) -> None:
+def load_weights(
+    module: Any, files: dict[str, Path], transforms: list[Any], targets: dict[str, Tensor] | None = None
+) -> None:
     """Fill the materialised parameters and persistent buffers of `module` from `files`.
 
     `transforms` is `get_model_conversion_mapping` of the module before it was sharded; those that
-    matched are left on the module for the way back. Raises ModelError when a parameter is not in
-    the files or has another shape there.
+    matched are left on the module for the way back. `targets` are the tensors to fill by the names of the
+    plain model (null: those of `module` itself). Raises ModelError when one is not in the files or has
+    another shape there.
     """
-    targets: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    if targets is None:
+        targets = module.state_dict(keep_vars=True)
     tied = set(module.all_tied_weights_keys)
-    plan, unexpected = _plan(module, files, transforms, targets)
+    plan, unexpected = plan_of(module, files, transforms, targets)
     reader = Reader(files)
     loaded: set[str] = set()
     with torch.no_grad():
         for first, mapping in plan.items():
-            for name, source in _realised(module, reader, first, mapping):
+            for name, source in realised(module, reader, first, mapping):
                 if name in tied and name in loaded:
                     continue
                 if name in targets:
-                    _fill(targets[name], source, name)
+                    fill(targets[name], source, name)
                     loaded.add(name)
     reader.close()
     # Which names the files use (there may be several spellings) decides which names we write.
@@ -64,11 +69,11 @@ def load_weights(module: Any, files: dict[str, Path], transforms: list[Any]) -> 
 
 def resolve_names(module: Any, files: dict[str, Path], transforms: list[Any]) -> None:
     """Only note on `module` which of the possible spellings `files` use."""
-    _plan(module, files, transforms, module.state_dict(keep_vars=True))
+    plan_of(module, files, transforms, module.state_dict(keep_vars=True))
     module._weight_conversions = [t for t in transforms if t.was_used()]
 
 
-def _plan(
+def plan_of(
     module: Any, files: dict[str, Path], transforms: list[Any], targets: dict[str, Tensor]
 ) -> tuple[dict[str, Any], list[str]]:
     """First target name -> the transform that makes it, holding the names of its source tensors."""
@@ -119,7 +124,7 @@ class _Source:
         local.copy_(reader.rows(self._key, block[0].start, block[0].stop)[(slice(None), *block[1:])])
 
 
-def _realised(module: Any, reader: Reader, first: str, mapping: Any) -> Iterator[tuple[str, _Source]]:
+def realised(module: Any, reader: Reader, first: str, mapping: Any) -> Iterator[tuple[str, _Source]]:
     if isinstance(mapping, WeightRenaming):
         (keys,) = mapping.collected_tensors.values()
         yield first, _Source(reader=reader, key=str(keys[0]))
@@ -130,18 +135,47 @@ def _realised(module: Any, reader: Reader, first: str, mapping: Any) -> Iterator
         yield name, _Source(tensor=value[0] if isinstance(value, list) else value)
 
 
-def _fill(target: Tensor, source: _Source, name: str) -> None:
+def fill(target: Tensor, source: _Source, name: str) -> None:
     if tuple(target.shape) != source.shape:
         raise ModelError(
             f"{name} is {list(source.shape)} in the files, but config.json makes it {list(target.shape)}"
         )
-    if isinstance(target, DTensor):
-        _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        local = target.to_local()
-        if local.numel():
-            source.fill(local, tuple(offset))
-    else:
+    if not isinstance(target, DTensor):
         source.fill(target.data, (0,) * target.dim())
+        return
+    local = target.to_local()
+    if local.numel() == 0:
+        return
+    # What a rank has is one block, or several where fused halves are split each.
+    for block in itertools.product(*(own_runs(target, dim) for dim in range(target.dim()))):
+        here = tuple(slice(run.at, run.at + run.size) for run in block)
+        source.fill(local[here], tuple(run.start for run in block))
+
+
+class Run(NamedTuple):
+    """`size` places of one dimension: from `start` in the full tensor, from `at` in this rank's part."""
+
+    at: int
+    start: int
+    size: int
+
+
+def own_runs(tensor: DTensor, dim: int) -> list[Run]:
+    """What this rank has of dimension `dim`; torch's own splitting, placement by placement."""
+    indices = torch.arange(tensor.shape[dim])
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for mesh_dim, placement in enumerate(tensor.placements):
+        strided = isinstance(placement, _StridedShard)
+        if not (strided or isinstance(placement, Shard)) or placement.dim % tensor.dim() != dim:
+            continue
+        along = _StridedShard(0, split_factor=placement.split_factor) if strided else Shard(0)
+        count = tensor.device_mesh.size(mesh_dim)
+        parts, _ = along._split_tensor(indices, count, with_padding=False, contiguous=False)
+        indices = parts[coordinate[mesh_dim]]
+    ends = (torch.nonzero(torch.diff(indices) != 1).flatten() + 1).tolist()
+    bounds = itertools.pairwise([0, *ends, len(indices)])
+    return [Run(at, int(indices[at]), end - at) for at, end in bounds]
 
 
 def _check_complete(module: Any, targets: dict[str, Tensor], loaded: set[str], tied: set[str]) -> None:
@@ -174,6 +208,13 @@ def materialise(module: Any, device: torch.device) -> None:
         poison = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
         if bool(poison.any()):
             raise ModelError(f"buffer {name} of {type(module).__name__} is not made by its _init_weights")
+
+
+def move_buffers(module: Any, device: torch.device) -> None:
+    """FSDP brings offloaded parameters to the device when they are needed, but not buffers."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
 
 
 def _owning_model(module: Any, name: str) -> Any:
