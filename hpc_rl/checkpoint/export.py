@@ -14,7 +14,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +52,19 @@ class _Slot:
 
 class Export:
     """One export under way, or done. `model` is the folder of the model that was trained (config and
-    tokenizer are copied from it), `tokenizer` another folder for the tokenizer, or None."""
+    tokenizer are copied from it), `tokenizer` another folder for the tokenizer, or None. `also` writes
+    what else belongs into the folder it is given (an adapter), before that is published."""
 
-    def __init__(self, target: Path, model: Path, tokenizer: Path | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        target: Path,
+        model: Path,
+        tokenizer: Path | None,
+        dtype: torch.dtype,
+        also: Callable[[Path], None] | None = None,
+    ) -> None:
         self.target, self.model, self.tokenizer, self.dtype = target, model, tokenizer, dtype
+        self.also = also
         self.error: str | None = None
         self.seconds = 0.0
         self._began = time.monotonic()
@@ -95,6 +104,7 @@ class Exporter:
     def __init__(self, rank: int, world_size: int, token: str, timeout_s: float = 1800.0) -> None:
         self.rank, self.world_size, self.token, self.timeout_s = rank, world_size, token, timeout_s
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._count = 0
         self._layout: tuple[tuple[object, ...], Layout] | None = None
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._written = threading.Event()  # the buffer is free
@@ -112,7 +122,8 @@ class Exporter:
         slots = self._copy(source, layout)
         self._written.clear()
         # The same on all ranks and never used twice: nobody has to wait for a fresh folder.
-        folder = export.target.with_name(f".{export.target.name}.{self.token}.partial")
+        self._count += 1
+        folder = export.target.with_name(f".{export.target.name}.{self.token}.{self._count}.partial")
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="export", daemon=True)
             self._thread.start()
@@ -211,6 +222,8 @@ class Exporter:
             report.unlink()
         export = job.export
         describe(job.folder, job.layout.plan, export.model, export.tokenizer, export.dtype)
+        if export.also is not None:
+            export.also(job.folder)
         publish(job.folder, export.target)
 
 
@@ -227,6 +240,8 @@ def write_now(source: Source, export: Export, folder: Path) -> Path:
         blocks = ((part.file, part.start, _bytes_of(part)) for part in parts(source, layout, 0))
         _check_filled(layout, _write_blocks(folder, layout, blocks))
         describe(folder, layout.plan, export.model, export.tokenizer, export.dtype)
+        if export.also is not None:
+            export.also(folder)
         publish(folder, export.target)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)

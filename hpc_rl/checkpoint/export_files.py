@@ -61,7 +61,12 @@ class Plan:
 
 
 def plan_files(entries: Sequence[Entry], file_bytes: int) -> Plan:
-    """Put `entries`, in order, into files of at most `file_bytes` of tensors (one tensor at least)."""
+    """Put `entries`, in order, into files of at most `file_bytes` of tensors (one tensor at least).
+
+    No entries, no files: what is exported then is beside them.
+    """
+    if not entries:
+        return Plan([], {}, None)
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:

@@ -45,9 +45,10 @@ def describe(folder: Path, plan: Plan, model: Path, tokenizer: Path | None, dtyp
     """Put the index, config.json and the companions of `model` (and `tokenizer`) beside the weights."""
     if plan.index is not None:
         (folder / INDEX).write_text(plan.index)
-    config = json.loads((model / "config.json").read_text())
-    _set_dtype(config, str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    if plan.files:  # an adapter alone finds its model by its own config
+        config = json.loads((model / "config.json").read_text())
+        _set_dtype(config, str(dtype).removeprefix("torch."))
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for source in (model, tokenizer):
         for pattern in COMPANIONS if source is not None else ():
             for path in source.glob(pattern):  # type: ignore[union-attr]

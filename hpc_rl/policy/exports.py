@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rl.bus.messages import ModelExported
-from hpc_rl.checkpoint.export import Export, Exporter, ExportError
+from hpc_rl.checkpoint.export import Export, Exporter, ExportError, Source
 from hpc_rl.models.hf.folder import model_folder
 from hpc_rl.models.hf.model import HfModel
 from hpc_rl.recipe.schema import Model
@@ -37,8 +37,15 @@ class Exports:
         the same order: what is not sharded by rows is gathered here."""
         began = time.monotonic()
         tokenizer = model_folder(self.spec.tokenizer) if self.spec.tokenizer is not None else None
-        export = Export(folder, model.folder, tokenizer, model.file_dtype)
-        self._running.append(_Running(step, label, began, self._exporter.stage(model, export)))
+        source: Source = model
+        also = None
+        if self.spec.lora is not None:
+            from hpc_rl.models.hf.adapted import AdaptedModel, adapter_export
+
+            assert isinstance(model, AdaptedModel)
+            source, also = adapter_export(model, self.spec.lora)
+        export = Export(folder, model.folder, tokenizer, model.file_dtype, also)
+        self._running.append(_Running(step, label, began, self._exporter.stage(source, export)))
 
     def ended(self, wait_s: float = 0.0) -> Iterator[ModelExported]:
         """Those that are done; with `wait_s` all of them, each waited for that long at most. On ranks

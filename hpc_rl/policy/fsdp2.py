@@ -15,7 +15,6 @@ from hpc_rl.bus.messages import CheckpointSaved, ModelExported, TrainStep
 from hpc_rl.checkpoint.saver import Saver, SaveResult
 from hpc_rl.data.rows import load_rows
 from hpc_rl.models.base import ParallelSpec
-from hpc_rl.models.hf.folder import load_tokenizer
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
 from hpc_rl.policy import process_group
 from hpc_rl.policy.ema import WeightAverage
@@ -24,7 +23,7 @@ from hpc_rl.policy.guard import SpikeGuard, name_samples
 from hpc_rl.policy.optimizer import clip_gradients, make_optimizer, schedule_factor, set_rates
 from hpc_rl.policy.profiling import StepProfiler
 from hpc_rl.policy.restore import Restorer, stage_file
-from hpc_rl.policy.sft_data import SftData, total_steps
+from hpc_rl.policy.sft_data import SftData, open_sft_data, total_steps
 from hpc_rl.policy.state import TrainingState
 from hpc_rl.policy.step import Ranks, Reduced, SampleId, StepRunner, Totals
 from hpc_rl.policy.throughput import StepTimer, throughput_of
@@ -78,7 +77,7 @@ class Fsdp2Trainer:
             activation_checkpointing=recipe.policy.activation_checkpointing,
             cpu_offload=recipe.policy.cpu_offload,
         )
-        self.model = build(recipe.model, parallel)
+        self.model = build(recipe.model, parallel, recipe.seed)
         self.optimizer = make_optimizer(self.model.module, recipe.policy.optimizer)
         self.algorithm = self._make_algorithm()
         ranks = Ranks(self.rank, self.world_size, self.data_parallel, self.tp, self.device)
@@ -95,6 +94,8 @@ class Fsdp2Trainer:
             context.run_dir, context.attempt, self.rank, self.device, self._state(0).restore, context.log
         )
         self.step = restorer.newest()
+        if self.sft is not None:  # with epochs the steps left follow from the position
+            self.total_steps = self.sft.total_steps
         if recipe.checkpoint.enabled:
             self.saver.prepare(self._state(0).staging_bytes())
         return self.step
@@ -118,12 +119,8 @@ class Fsdp2Trainer:
     def _count_steps(self) -> None:
         policy, spec = self.recipe.policy, self.recipe.data.train
         if self.recipe.kind == "sft":
-            rows = load_rows(spec, self.context.run_dir.root)
-            tokenizer, held = load_tokenizer(self.recipe.model), self.recipe.data.eval
-            held_out = None if held is None else (load_rows(held, self.context.run_dir.root), held)
-            seed = self.recipe.seed
-            self.sft = SftData(rows, spec, tokenizer, policy, seed, self.data_parallel, held_out)
-            self.total_steps = self.sft.total_steps
+            needs_blank = self.model.needs_media
+            self.sft = open_sft_data(self.recipe, self.context.run_dir, self.runner.ranks, needs_blank)
         elif policy.steps is not None:
             self.total_steps = policy.steps
         else:
@@ -143,9 +140,9 @@ class Fsdp2Trainer:
         else:
             micro_batches = [micro_batch.samples for micro_batch in command.micro_batches]
             denominator = command.denominator
-            if denominator == 0:  # nothing to train on, on any rank: not even momentum may move the weights
-                self.step = command.step
-                return {"train/skipped": 1.0}
+        if denominator == 0:  # nothing to train on, on any rank: not even momentum may move the weights
+            self.step = command.step
+            return {"train/skipped": 1.0}
         self.timer.mark("data")
         totals = self.runner.forward_backward(micro_batches, denominator)
         self.timer.mark("forward_backward")
@@ -163,6 +160,8 @@ class Fsdp2Trainer:
             self.ema.update(self.step)
         self.timer.mark("optimizer")
         metrics = reduced.metrics() | {"train/lr": options.lr * factor} | self.timer.metrics()
+        if self.sft is not None:
+            metrics |= self.sft.metrics()
         metrics |= self.throughput.metrics(reduced.sums, self.timer.seconds())
         self.profiler.after(command.step)
         return metrics
@@ -224,7 +223,10 @@ class Fsdp2Trainer:
         return time.monotonic() - began
 
     def _state(self, step: int) -> TrainingState:
-        return TrainingState(self.model.module, self.optimizer, self.ema, self.guard, step, self.rank)
+        frozen = self.model.fingerprint
+        return TrainingState(
+            self.model.module, self.optimizer, self.ema, self.guard, step, self.rank, frozen, self.sft
+        )
 
     def export(self, step: int, label: str, folder: Path) -> None:
         with self._averaged():
@@ -245,6 +247,8 @@ class Fsdp2Trainer:
     def close(self) -> None:
         self.saver.close()
         self.exports.close()
+        if self.sft is not None:
+            self.sft.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,9 +1,10 @@
 """What a checkpoint of the policy holds, as flat names: model, optimizer, averages, step, every rank's RNG.
 
     model.<parameter or buffer>    optim.<parameter>.<exp_avg | exp_avg_sq | step>    ema.<parameter>
-    guard    step    rng_<rank>    rng_cuda_<rank>
+    guard    step    frozen    data_state    rng_<rank>    rng_cuda_<rank>
 
-Tensors only; learning rates and the like come from the recipe and the step. Optimizer state goes by the
+Tensors only; learning rates and the like come from the recipe and the step. Frozen weights are those of the
+model's files, which `frozen` tells apart from others. Optimizer state goes by the
 parameter's name, so that the recipe's parameter groups may change between save and resume.
 """
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hpc_rl.checkpoint.loader import load_into, tensors_of
+from hpc_rl.checkpoint.loader import CheckpointError, load_into, tensors_of
 from hpc_rl.policy.ema import WeightAverage
 from hpc_rl.policy.guard import SpikeGuard
 from hpc_rl.policy.optimizer import create_state
+from hpc_rl.policy.sft_data import SftData
 
 PAGE = 4096
 LOG = logging.getLogger("hpc_rl.policy")
@@ -28,7 +30,8 @@ LOG = logging.getLogger("hpc_rl.policy")
 
 @dataclass
 class TrainingState:
-    """Everything that a step changes. `ema` and `guard` may be None."""
+    """Everything that a step changes. `ema` and `guard` may be None. `frozen` identifies the files that the
+    weights which are not trained come from (`HfModel.fingerprint`)."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -36,12 +39,14 @@ class TrainingState:
     guard: SpikeGuard | None
     step: int
     rank: int
+    frozen: bytes = b""
+    data: SftData | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """References to the live tensors (RNG states, the guard's window and the step are copies)."""
         saved = set(self.module.state_dict())
         named = dict(self.module.named_parameters())  # ties once
-        state: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items()}
+        state: dict[str, Tensor] = {f"model.{name}": p for name, p in named.items() if p.requires_grad}
         state |= {f"model.{name}": b for name, b in self.module.named_buffers() if name in saved}
         for name, parameter in named.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -51,6 +56,10 @@ class TrainingState:
             state |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
         if self.guard is not None:
             state |= self.guard.state()
+        if self.frozen and any(not p.requires_grad for p in named.values()):
+            state["frozen"] = torch.frombuffer(bytearray(self.frozen), dtype=torch.uint8)
+        if self.data is not None:
+            state["data_state"] = torch.frombuffer(bytearray(self.data.state()), dtype=torch.uint8)
         state["step"] = torch.tensor(self.step)
         state[f"rng_{self.rank}"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -91,7 +100,16 @@ class TrainingState:
         if "guard" in state and ("guard" not in saved or saved["guard"].size != state["guard"].shape):
             LOG.warning("%s has no losses for policy.guard (or another window): it starts anew", folder)
             del state["guard"]
+        if "data_state" in state:  # JSON, of another length each time
+            size = saved["data_state"].size if "data_state" in saved else state["data_state"].shape
+            state["data_state"] = torch.empty(size, dtype=torch.uint8)
+            optional.add("data_state")
         loaded = load_into(folder, state, optional=frozenset(optional))
+        if "frozen" in loaded and bytes(state["frozen"].tolist()) != self.frozen:
+            raise CheckpointError(
+                f"{folder} was trained over frozen weights of other files than the model's are now; "
+                "put the model's folder back as it was"
+            )
         if self.ema is not None and fresh_average:
             self.ema.restart()
         if self.guard is not None and "guard" in loaded:
@@ -102,7 +120,13 @@ class TrainingState:
             torch.manual_seed((torch.initial_seed() * 1_000_003 + int(state["step"])) % 2**63)
         if f"rng_cuda_{self.rank}" in loaded:
             torch.cuda.set_rng_state(state[f"rng_cuda_{self.rank}"])
-        return int(state["step"].item())
+        step = int(state["step"].item())
+        if self.data is not None:
+            if "data_state" in loaded:
+                self.data.load_state(bytes(state["data_state"].tolist()))
+            else:
+                self.data.start_at(step)
+        return step
 
 
 def _without_state(module: nn.Module, optimizer: torch.optim.Optimizer, names: set[str]) -> set[str]:

@@ -164,6 +164,16 @@ def _model(recipe: Recipe) -> Found:
         guess = nearest(name, list(ATTENTION))
         hint = f". Did you mean {guess!r}?" if guess else ""
         yield ("model", "attn_implementation"), f"is {name!r}; allowed: {', '.join(ATTENTION)}{hint}"
+    lora = recipe.model.lora
+    if lora is None:
+        return
+    for key in ("train", "freeze"):
+        if getattr(recipe.model, key):
+            text = "with model.lora only the adapters are trained; use lora.modules_to_save for whole modules"
+            yield ("model", key), text
+    if recipe.kind == "rl" and lora.dropout > 0:
+        text = f"is {lora.dropout:g}; the sampler has no dropout, so the ratio would be wrong: set it to 0"
+        yield ("model", "lora", "dropout"), text
 
 
 def _data(recipe: Recipe) -> Found:

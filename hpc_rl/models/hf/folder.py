@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import safe_open
 
 from hpc_rl.models.base import ModelError
 from hpc_rl.recipe.schema import Model
+
+_ENDS = 1 << 20  # bytes
 
 
 def model_folder(path: str, revision: str | None = None) -> Path:
@@ -64,6 +67,19 @@ def load_tokenizer(spec: Model) -> Any:
         raise ModelError(f"no tokenizer in {folder}: {str(error).splitlines()[0]}") from error
 
 
+def load_processor(spec: Model) -> Any:
+    """The processor for images of the model's folder; None for a model of text alone."""
+    from transformers import AutoProcessor
+
+    folder = model_folder(spec.path, spec.revision)
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return None
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"no processor in {folder}: {str(error).splitlines()[0]}") from error
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name in file -> file, for all safetensors of `folder` (from the headers).
 
@@ -79,3 +95,17 @@ def weight_files(folder: Path) -> dict[str, Path]:
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     return names
+
+
+def fingerprint(folder: Path) -> bytes:
+    """Sixteen bytes of a hash over the safetensors of `folder`: names, sizes, and the bytes at both ends
+    (the beginning holds the header). Cheap, and other weights under the same names hardly pass."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    return digest.digest()

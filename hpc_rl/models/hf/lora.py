@@ -101,12 +101,22 @@ def is_factor(name: str) -> bool:
     return any(name.endswith(factor) for factor in _FACTORS)
 
 
+def is_saved_whole(name: str) -> bool:
+    """Whether `name` is in the trained copy of a module that is saved whole."""
+    return f".modules_to_save.{ADAPTER}." in name
+
+
+def is_original(name: str) -> bool:
+    """Whether `name` is in the untrained original of a module that is saved whole."""
+    return ".original_module." in name
+
+
 def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` of the adapted module under the plain model's names: no factors; of a module that is
     saved whole, the trained copy."""
     plain: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if is_factor(name) or (".original_module." in name and plain_name(name) in plain):
+        if is_factor(name) or is_original(name):
             continue
         plain[plain_name(name)] = value
     return plain
@@ -122,7 +132,7 @@ def initialise(module: nn.Module, spec: Lora, seed: int) -> None:
     """Give the materialised adapters their first values: A uniform as PEFT makes it, B zero, or those of
     `spec.adapter`. The values are a function of (seed, name): the same on any number of ranks.
 
-    Copies of `modules_to_save` get the loaded weights, so this comes after the base weights.
+    Modules that are saved whole begin with the loaded weights, so this comes after those.
     """
     saved = load_file(Path(spec.adapter).expanduser() / WEIGHTS) if spec.adapter is not None else None
     for name, parameter in module.named_parameters():
@@ -146,12 +156,12 @@ def initialise(module: nn.Module, spec: Lora, seed: int) -> None:
 
 
 def _copy_module(name: str, wrapper: ModulesToSaveWrapper, saved: dict[str, Tensor] | None) -> None:
+    """The copy has been loaded (`plain_tensors`); the original gets its values, the copy the saved ones."""
     originals = dict(wrapper.original_module.named_parameters())
     for key, parameter in wrapper.modules_to_save[ADAPTER].named_parameters():
+        _local(originals[key]).copy_(_local(parameter))
         if saved is not None and f"{_PREFIX}{name}.{key}" in saved:
             _fill(parameter, saved[f"{_PREFIX}{name}.{key}"])
-        else:
-            _local(parameter).copy_(_local(originals[key]))
 
 
 def _local(value: Tensor) -> Tensor:
@@ -180,8 +190,19 @@ class Deltas:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         """`(A [r, in], B [out, r], scale)` of the weight `name` [out, in]."""
-        layer = self._layers[name]
-        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, float(layer.scaling[ADAPTER])
+        a, b = self.names(name).values()
+        return a, b, self.scale(name)
+
+    def names(self, name: str) -> dict[str, Tensor]:
+        """A and B of the weight `name`, by their names in memory."""
+        layer, prefix = self._layers[name], name.removesuffix("weight")
+        return {
+            f"{prefix}lora_A.{ADAPTER}.weight": layer.lora_A[ADAPTER].weight,
+            f"{prefix}lora_B.{ADAPTER}.weight": layer.lora_B[ADAPTER].weight,
+        }
+
+    def scale(self, name: str) -> float:
+        return float(self._layers[name].scaling[ADAPTER])
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -200,9 +221,7 @@ def file_name(name: str) -> str:
 def adapter_parameters(module: nn.Module) -> dict[str, Tensor]:
     """What an adapter file holds, by the names in it; references to the (sharded) parameters."""
     return {
-        file_name(name): p
-        for name, p in module.named_parameters()
-        if is_factor(name) or f".modules_to_save.{ADAPTER}." in name
+        file_name(name): p for name, p in module.named_parameters() if is_factor(name) or is_saved_whole(name)
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from hpc_rl.models.base import Media, ModelError, ParallelSpec
 from hpc_rl.models.hf.attention import NotPacked
 from hpc_rl.models.hf.classes import build_on_meta, has_vision
-from hpc_rl.models.hf.folder import model_folder, weight_files
+from hpc_rl.models.hf.folder import fingerprint, model_folder, weight_files
 from hpc_rl.models.hf.freeze import choose_trained
-from hpc_rl.models.hf.loading import load_weights, materialise, resolve_names
+from hpc_rl.models.hf.loading import load_weights, materialise, move_buffers, resolve_names
 from hpc_rl.models.hf.rows import (
     Leak,
     Rows,
@@ -59,6 +60,11 @@ class HfModel:
         """See `ModelAdapter.logits`; the head runs on `keep` only."""
         return self.rows(self.module, input_ids, position_ids, keep, media)
 
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """Sixteen bytes that change with the model's files (`folder.fingerprint`)."""
+        return fingerprint(self.folder)
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
@@ -97,13 +103,16 @@ class HfModel:
         holds, under the names in memory, sharded as it is."""
         prefixes = [f"{name}." for name, _ in layers(self.module)]
         units: dict[str, dict[str, Tensor]] = {}
+        for name, value in self.named_tensors().items():
+            home = next((p for p in prefixes if name.startswith(p)), name.rpartition(".")[0])
+            units.setdefault(home, {})[name] = value
+        return list(units.values())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Parameters (tied ones once) and persistent buffers, by name in memory."""
         persistent = set(self.module.state_dict())
         named = [*self.module.named_parameters(), *self.module.named_buffers()]
-        for name, value in named:
-            if name in persistent:
-                home = next((p for p in prefixes if name.startswith(p)), name.rpartition(".")[0])
-                units.setdefault(home, {})[name] = value
-        return list(units.values())
+        return {name: value for name, value in named if name in persistent}
 
     # --- a `checkpoint.export.Source` -----------------------------------------------------------------
     def current(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,53 +132,46 @@ class HfModel:
 
     @torch.no_grad()
     def gather(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full tensors of `unit` (by name in memory) in the file's dtype. A collective when sharded.
-
-        Buffers stay as they are: those in a file (a router's fp32 bias) are fp32 because it matters.
-        """
+        """Full tensors of `unit` (by name in memory) in the file's dtype. A collective when sharded."""
         full = {}
-        for name, parameter in unit.items():
-            value = parameter.detach()
-            if value.is_floating_point() and isinstance(parameter, torch.nn.Parameter):
-                value = value.to(self.file_dtype)
+        for name, value in self.current(unit).items():
+            value = value.detach().to(self.dtype_in_file(name, unit[name]))
             full[name] = value.full_tensor() if isinstance(value, DTensor) else value
         return full
 
 
 def check_parallel(mesh: dict[str, int]) -> None:
-    """Raise ModelError for mesh dimensions that are not built yet, naming the key."""
-    for name in ("tp", "pp", "cp", "ep"):
+    """Raise ModelError for mesh dimensions that are not built, naming the key."""
+    for name in ("pp", "cp", "ep"):
         if mesh.get(name, 1) > 1:
             raise ModelError(
-                f"policy.parallel.{name} = {mesh[name]}: only dp_shard and dp_replicate are there yet "
-                f"({name} comes with issue B, parallelism); set it to 1"
+                f"policy.parallel.{name} = {mesh[name]}: this trainer shards by dp_replicate, dp_shard and "
+                "tp; set it to 1"
             )
 
 
-def build(spec: Model, parallel: ParallelSpec) -> HfModel:
+def build(spec: Model, parallel: ParallelSpec, seed: int = 0) -> HfModel:
     """Build, shard and load the model of the recipe. A collective over the default process group.
 
-    The class is as `classes.find_class` says. Rows are packed where that is right, and padded where not;
-    the log says which and why. Raises ModelError.
+    `seed` is for the first values of adapters. The class is as `classes.find_class` says. Rows are packed
+    where that is right, and padded where not; the log says which and why. Raises ModelError.
     """
-    if spec.lora is not None:
-        raise ModelError("model.lora is not there yet (it comes with issue B); remove it")
     module, _ = build_on_meta(model_folder(spec.path, spec.revision), spec)
     reason = reason_to_pad(module.config, spec.attn_implementation)
     if not reason:
         try:
-            model = _build(spec, parallel, pad=False)
+            model = _build(spec, parallel, seed, pad=False)
             check_rows(model.module, model.rows, parallel, sharded=model.sharded)
             return model
         except (Leak, NotPacked) as error:
             reason = str(error)
     LOG.warning("rows of %s are padded, not packed: %s", type(module).__name__, reason)
-    model = _build(spec, parallel, pad=True)
+    model = _build(spec, parallel, seed, pad=True)
     check_rows(model.module, model.rows, parallel, sharded=model.sharded)
     return model
 
 
-def _build(spec: Model, parallel: ParallelSpec, *, pad: bool) -> HfModel:
+def _build(spec: Model, parallel: ParallelSpec, seed: int, *, pad: bool) -> HfModel:
     """With `pad`, the attention is Transformers' own (or the recipe's), which reads the padding's mask."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -178,6 +180,12 @@ def _build(spec: Model, parallel: ParallelSpec, *, pad: bool) -> HfModel:
     module, origin = build_on_meta(folder, spec, plain=pad)
     transforms = get_model_conversion_mapping(module)  # by class name, which sharding changes
     choose_trained(module, spec.train, spec.freeze)
+    kind = HfModel
+    if spec.lora is not None:
+        from hpc_rl.models.hf import adapted  # it imports this module, and PEFT, which takes seconds
+
+        adapted.inject(module, spec, parallel)
+        kind = adapted.AdaptedModel
     if module.config.model_type == "mllama":
         close_cross_attention(module)
     if parallel.activation_checkpointing:
@@ -185,11 +193,17 @@ def _build(spec: Model, parallel: ParallelSpec, *, pad: bool) -> HfModel:
     sharded = needs_sharding(parallel)
     if sharded:
         shard(module, parallel)
-    materialise(module, parallel.device)
-    load_weights(module, files, transforms)
+    home = torch.device("cpu") if parallel.cpu_offload else parallel.device
+    materialise(module, home)
+    if spec.lora is None:
+        load_weights(module, files, transforms)
+    else:
+        adapted.load(module, files, transforms, spec.lora, seed)
+    if home != parallel.device:
+        move_buffers(module, parallel.device)
     _check_ties(module)
     module.train()
-    model = HfModel(module, folder, getattr(torch, spec.dtype), sharded)
+    model = kind(module, folder, getattr(torch, spec.dtype), sharded)
     model.rows = padded if pad else packed
     model.needs_media = parallel.data_parallel > 1 and has_vision(module.config)
     LOG.info("%s: rows %s, attention %s", origin, "padded" if pad else "packed", _attention(module))
@@ -207,6 +221,10 @@ def skeleton(spec: Model) -> tuple[Any, Path]:
     folder = model_folder(spec.path, spec.revision)
     module, _ = build_on_meta(folder, spec)
     resolve_names(module, weight_files(folder), get_model_conversion_mapping(module))
+    if spec.lora is not None:
+        from hpc_rl.models.hf import lora
+
+        lora.inject(module, spec.lora, spec.path)
     return module, folder
 
 

@@ -1,0 +1,155 @@
+"""LoRA: against PEFT itself, sharded against whole, through checkpoints and exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as T
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hpc_rl.checkpoint.export import Export, write_now
+from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.hf.adapted import AdaptedModel, adapter_export
+from hpc_rl.models.hf.model import build
+from hpc_rl.recipe.schema import Lora, Model
+from tests.ranks import run_ranks
+from tests.tiny_models import save_model
+
+pytestmark = pytest.mark.torch
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+ONE = ParallelSpec(CPU, torch.float32)
+IDS = torch.arange(5, 45)
+POSITIONS = torch.cat([torch.arange(15), torch.arange(25)])
+
+
+def adapted(folder: Path | str, parallel: ParallelSpec = ONE, **lora: Any) -> AdaptedModel:
+    spec = Model(path=str(folder), dtype="float32", lora=Lora(**{"r": 4, "alpha": 8, **lora}))
+    model = build(spec, parallel, seed=5)
+    assert isinstance(model, AdaptedModel)
+    return model
+
+
+def stir(model: AdaptedModel) -> None:
+    """B is zero at first, which would hide any mistake."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (p for p in model.module.parameters() if p.requires_grad):
+        noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+        if isinstance(parameter, DTensor):
+            noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+        parameter.data.add_(noise)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2", {}),
+        ("phi3", {"use_rslora": True}),
+        ("qwen3_moe", {"r_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0}}),
+        ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]}),
+        ("gpt_oss", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    ],
+)
+def test_adapted_merged_and_saved_are_one_model(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "base", family)
+    model = adapted(folder, **options)
+    plain = T.AutoModelForCausalLM.from_pretrained(folder)
+    in_file = load_file(folder / "model.safetensors")
+    sent = {name: value for bucket in model.buckets(1 << 30) for name, value in bucket}
+    assert sent.keys() == in_file.keys()
+    assert all(torch.equal(sent[name], in_file[name]) for name in sent), "adapters change nothing at first"
+
+    stir(model)
+    with torch.no_grad():
+        ours = model.logits(IDS, POSITIONS, torch.arange(15))
+        assert (ours - plain(IDS[None, :15]).logits[0]).abs().max() > 1e-2
+    source, also = adapter_export(model, Lora(**{"r": 4, "alpha": 8, **options}))
+    out = write_now(source, Export(tmp_path / "out", folder, None, torch.float32, also), tmp_path / ".out")
+    merged = T.AutoModelForCausalLM.from_pretrained(out)
+    loaded = peft.PeftModel.from_pretrained(T.AutoModelForCausalLM.from_pretrained(folder), out / "adapter")
+    for other in (merged, loaded):
+        with torch.no_grad():
+            theirs = other(IDS[None, :15]).logits[0]
+        assert (ours - theirs).abs().max() <= 1e-5
+
+    # An adapter that PEFT reads is one to go on from.
+    again = adapted(folder, **options, adapter=str(out / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(again.logits(IDS, POSITIONS, torch.arange(15)), ours)
+
+
+def test_an_adapter_can_be_exported_alone(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "base", "qwen3")
+    model = adapted(folder)
+    stir(model)
+    source, also = adapter_export(model, Lora(r=4, alpha=8, export="adapter"))
+    out = write_now(source, Export(tmp_path / "out", folder, None, torch.float32, also), tmp_path / ".out")
+    assert not list(out.glob("model*.safetensors"))
+    loaded = T.AutoModelForCausalLM.from_pretrained(out)  # Transformers finds the base by the config
+    with torch.no_grad():
+        ours = model.logits(IDS, POSITIONS, torch.arange(15))
+        assert (ours - loaded(IDS[None, :15]).logits[0]).abs().max() <= 1e-5
+
+
+def train(model: AdaptedModel, steps: int) -> list[float]:
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for step in range(steps):
+        logits = model.logits(IDS, POSITIONS, torch.arange(15, 39)).float()
+        loss = torch.nn.functional.cross_entropy(logits, IDS[16:40].roll(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def check_sharded(rank: int, world_size: int, folder: str) -> None:
+    options = {"modules_to_save": ["lm_head"]}
+    whole, ours = (
+        adapted(folder, **options),
+        adapted(folder, ParallelSpec(CPU, torch.float32, dp_shard=2), **options),
+    )
+    for (name, a), (_, b) in zip(
+        ours.module.named_parameters(), whole.module.named_parameters(), strict=True
+    ):
+        assert torch.equal(a.full_tensor(), b), f"{name} begins elsewhere"
+    expected, found = train(whole, 4), train(ours, 4)
+    assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-5
+    pairs = [dict(p for bucket in m.buckets(1 << 30) for p in bucket) for m in (whole, ours)]
+    for name, value in pairs[0].items():
+        assert (value - pairs[1][name]).abs().max() <= 1e-5, name
+    ours_adapter = ours.adapter()
+    for name, value in whole.adapter().items():
+        assert (value - ours_adapter[name]).abs().max() <= 1e-5, name
+
+
+def test_sharded_equals_whole(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama")
+    run_ranks(check_sharded, 2, tmp_path, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("qwen2", {"target_modules": ["nope"]}, r"model\.lora: Target modules .*nope"),
+        ("qwen2", {"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding; only linear layers"),
+        ("qwen2", {"modules_to_save": ["lm_head"]}, "tied to another weight"),
+        ("qwen2", {"adapter": "nowhere"}, r"model\.lora\.adapter: nowhere has no adapter_config\.json"),
+        ("mixtral", {"target_modules": ["w1", "w2", "w3"]}, "name the layers of the attention"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    family: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path, family)
+    with pytest.raises(ModelError, match=message):
+        adapted(folder, **options)
+    with pytest.raises(ModelError, match=r"policy\.parallel\.tp to 1"):
+        adapted(folder, ParallelSpec(CPU, torch.float32, tp=2))
