@@ -20,6 +20,7 @@ from hpc_rl.bus import messages as m
 from hpc_rl.controller.members import AttemptFailed, Members, Replica
 from hpc_rl.controller.recorder import Recorder
 from hpc_rl.controller.saves import LastSaveFailed, Saves
+from hpc_rl.controller.uploads import Uploads
 from hpc_rl.roles import RoleProcess
 from hpc_rl.run.events import EventLog
 
@@ -45,12 +46,14 @@ class Controller(ABC):
             send=lambda message: role.bus.send(m.inbox("supervisor"), message),
             on_lost=self.replica_lost,
         )
+        self.uploads = Uploads(self.run_dir, self.recipe.checkpoint, role.attempt, self.events.append)
         self.saves = Saves(
             self.run_dir,
             self.recipe.checkpoint,
             command=self.to_policy,
             write_state=self.write_state,
             tell=self.events.append,
+            uploads=self.uploads,
         )
         self.recorder: Recorder | None = None
         self.total_steps = 0
@@ -104,7 +107,7 @@ class Controller(ABC):
             if self.started and self.stop_sent is None:
                 self.advance()
                 self.finish_if_done()
-            if self.stop_sent is not None and self.all_gone():
+            if self.stop_sent is not None and self.all_gone() and self.uploads.settled():
                 assert self.ending is not None
                 return self.ending[0]
 
@@ -149,6 +152,8 @@ class Controller(ABC):
         self.saves.restored(self.step)
         self.last_progress = time.monotonic()
         self.begin(self.step, self._ready.info)
+        if self.step > 0:
+            self.uploads.written(f"checkpoints/{self.run_dir.checkpoint(self.step).name}")
         self.saves.best.restore(self.step, self.best_metric)
         self.started = True
         self.events.append("training", step=self.step, total_steps=self.total_steps)
@@ -162,13 +167,15 @@ class Controller(ABC):
         if request.is_file() and self.ending is None:
             self.interrupt("save_and_stop")
             request.unlink(missing_ok=True)
+        self.uploads.poll()
         overdue = self.saves.overdue()
         if overdue:
             raise AttemptFailed(overdue)
         waiting = self.step < self.commanded and self.stop_sent is None
         if waiting and time.monotonic() - self.last_progress > STEP_LIMIT_S:
             raise AttemptFailed(f"the policy has not finished step {self.step + 1} in {STEP_LIMIT_S:.0f} s")
-        if self.stop_sent is not None and time.monotonic() - self.stop_sent > STOP_LIMIT_S:
+        late = self.stop_sent is not None and time.monotonic() - self.stop_sent > STOP_LIMIT_S
+        if late and not self.all_gone():
             LOG.warning("still running %.0f s after Stop: %s", STOP_LIMIT_S, self.still_here())
             for role, index in self.still_here():
                 self.gone.add((role, index))  # the supervisor ends them with the attempt
@@ -181,6 +188,8 @@ class Controller(ABC):
             if self.recorder is not None:
                 self.recorder.flush()
             raise SystemExit(EXIT_TERM)
+        if self.stop_sent is not None:  # what is left are uploads
+            self.uploads.give_up(kind)
         code = EXIT_REQUEUE if kind == "walltime" else EXIT_STOPPED
         self.ending = self.ending or (code, kind)
 
@@ -236,6 +245,8 @@ class Controller(ABC):
         self.to_policy(m.Stop(self.ending[1]))
         for index in self.members.replicas:
             self.role.bus.send(m.inbox("rollout", index), m.Stop(self.ending[1]))
+        if self.ending[0] == 0:
+            self.uploads.finish()
         # Rows held back for an evaluation are in the checkpoint; after the last one nothing may stay back.
         if self.recorder is not None and (self.ending[0] == 0 or not self.recipe.checkpoint.enabled):
             self.recorder.flush()

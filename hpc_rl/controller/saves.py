@@ -20,6 +20,7 @@ from pathlib import Path
 from hpc_rl.bus.messages import CheckpointSaved, ExportModel, Message, ModelExported, SaveCheckpoint
 from hpc_rl.checkpoint import layout
 from hpc_rl.controller.best import BestCheckpoint
+from hpc_rl.controller.uploads import Uploads
 from hpc_rl.recipe.schema import Checkpoint
 from hpc_rl.run.paths import RunDir
 
@@ -46,14 +47,15 @@ class Saves:
         command: Callable[[Message], None],
         write_state: Callable[..., None],
         tell: Callable[..., None],
+        uploads: Uploads,
     ) -> None:
-        self.run, self.options = run, options
+        self.run, self.options, self.uploads = run, options, uploads
         self._command, self._write_state, self._tell = command, write_state, tell
         self._saving: dict[int, float] = {}
         self._exporting: dict[str, float] = {}
         self.best = BestCheckpoint(run, options.enabled and options.keep_best)
         self._sweeper: threading.Thread | None = None
-        self._last_tries, self._retry_at = 0, 0.0
+        self._last_tries, self._retry_at, self._final_tries = 0, 0.0, 0
         self.last_saved = -1  # commanded
         self.last_complete = -1
         self.failures, self.last_error = 0, ""  # in a row
@@ -126,6 +128,7 @@ class Saves:
         return False
 
     def export(self, step: int, label: str) -> None:
+        self._final_tries += label == "final"
         self._command(ExportModel(step, label))
         self._exporting[label] = time.monotonic()
 
@@ -146,14 +149,19 @@ class Saves:
         LOG.info("checkpoint of step %d complete after %.1f s: %s", message.step, taken, folder)
         self._tell("checkpoint_complete", step=message.step, seconds=round(taken, 3))
         self.best.saved(message.step)
+        self.uploads.written(f"{folder.parent.name}/{folder.name}")
         self._retain()
 
     def exported(self, message: ModelExported) -> None:
         self._exporting.pop(message.label, None)
-        if message.error:
-            LOG.error("export %s FAILED: %s", message.label, message.error)
-        else:
+        if not message.error:
             LOG.info("exported step %d to %s in %.1f s", message.step, message.path, message.seconds)
+            self.uploads.written(f"{self.run.safetensors.name}/{message.label}")
+            return
+        LOG.error("export %s FAILED: %s", message.label, message.error)
+        self._tell("export_failed", step=message.step, label=message.label, error=message.error)
+        if message.label == "final" and self._final_tries < LAST_TRIES:
+            self.export(message.step, message.label)
 
     def overdue(self) -> str | None:
         """Names what has been in writing for too long, or None."""
@@ -189,7 +197,7 @@ class Saves:
             gone = layout.supersede(
                 self.run.checkpoints,
                 self.options.max_keep,
-                protected=self.best.protected,
+                protected={*self.best.protected, *self.uploads.steps},
                 writing=self._saving,
             )
         except OSError as error:

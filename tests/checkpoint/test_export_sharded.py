@@ -178,7 +178,7 @@ def export_with_failures(rank: int, world: int, folder: Path) -> None:
     weight = DTensor.from_local(torch.ones(4, 4), init_device_mesh("cpu", (world,)), [Shard(0)])
     exporter = Exporter(rank, world, "1.1", 5.0)
     if rank == 1:  # a rank that cannot write: its file is a folder
-        (folder / ".out.1.1.partial" / "model.safetensors").mkdir(parents=True)
+        (folder / ".out.1.1.1.partial" / "model.safetensors").mkdir(parents=True)
     dist.barrier()
     export = exporter.stage(
         Sharded({"w": weight, "v": weight}), Export(folder / "out", folder, None, torch.float32)
@@ -192,4 +192,4 @@ def test_a_rank_that_cannot_write_fails_the_export_and_leaves_nothing(tmp_path: 
     (tmp_path / "config.json").write_text("{}")
     run_ranks(export_with_failures, 2, tmp_path, tmp_path)
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.1.1.partial").exists()
+    assert not (tmp_path / ".out.1.1.1.partial").exists()

@@ -1,0 +1,131 @@
+"""What of a run is uploaded, and as which objects. No torch.
+
+    s3://bucket/prefix/<recipe name>/<run id>/
+        run/…                               what resume needs besides a checkpoint: settings, records, code
+        checkpoints/step_00000100/…         as in the run directory
+        safetensors/final/…
+        uploads/checkpoints/step_00000100.json   its files with sizes and checksums, written last: it counts
+
+A folder without its list under `uploads/` is not complete.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from hpc_rl.checkpoint.layout import complete_checkpoints
+from hpc_rl.checkpoint.manifest import COMPLETE, FileEntry, checksum, read_manifest
+from hpc_rl.checkpoint.s3 import Location, S3Store, UploadError
+from hpc_rl.run.paths import RunDir
+
+What = Literal["final", "all"]
+# Files and folders of the run directory that come along. Not: secrets, logs, locks, and what names the job
+# and the machine it ran on (jobs.jsonl), which means nothing elsewhere.
+RUN_FILES = ("recipe.yaml", "resolved.yaml", "plan.json", "attempts.jsonl", "events.jsonl", "metrics.jsonl")
+RUN_FOLDERS = ("code", "ledger")
+RUN_SINGLES = ("wandb/run_id", "checkpoints/best.json")
+CHECKPOINTS, EXPORTS, RUN = "checkpoints", "safetensors", "run"
+
+
+class Uploaded(msgspec.Struct):
+    """The list of an uploaded folder; names are relative to it."""
+
+    item: str
+    files: dict[str, FileEntry]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Done:
+    """`sent` bytes of `nbytes` had to be sent: the others were there."""
+
+    item: str
+    nbytes: int
+    sent: int
+
+
+def run_location(base: Location, run: RunDir) -> Location:
+    return base.under(run.recorded_name(), run.run_id)
+
+
+def list_key(item: str) -> str:
+    return f"uploads/{item}.json"
+
+
+def items_of(run: RunDir, what: What) -> list[str]:
+    """Folders to upload, relative to the run: complete checkpoints and finished exports, all of them, or
+    the newest checkpoint and the final export."""
+    checkpoints = [f"{CHECKPOINTS}/{folder.name}" for folder in complete_checkpoints(run.checkpoints)]
+    exports = sorted(
+        f"{EXPORTS}/{folder.name}"
+        for folder in (run.safetensors.iterdir() if run.safetensors.is_dir() else ())
+        if folder.is_dir() and not folder.name.startswith(".")
+    )
+    if what == "all":
+        return checkpoints + exports
+    return checkpoints[-1:] + [item for item in exports if item == f"{EXPORTS}/final"]
+
+
+def files_of(run: RunDir, item: str) -> Uploaded:
+    """The files of a folder with sizes and checksums. Raises UploadError if it is gone or not complete.
+
+    Checkpoints bring theirs along in COMPLETE; what is not there is hashed here.
+    """
+    folder = run.root / item
+    known: dict[str, FileEntry] = {}
+    try:
+        if item.startswith(f"{CHECKPOINTS}/"):
+            known = read_manifest(folder).files
+        files = {}
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                relative = str(path.relative_to(folder))
+                entry = known.get(relative)
+                nbytes = path.stat().st_size
+                if entry is None or not entry.xxh3 or relative == COMPLETE:
+                    entry = FileEntry(nbytes, checksum(path))
+                if entry.nbytes != nbytes:
+                    raise UploadError(f"{path} has {nbytes} bytes, {entry.nbytes} were written")
+                files[relative] = entry
+    except FileNotFoundError as error:
+        raise UploadError(f"{error.filename} is gone: a newer one superseded it", permanent=True) from error
+    except (OSError, ValueError) as error:
+        raise UploadError(f"{item} cannot be read: {error}", permanent=True) from error
+    if not files:
+        raise UploadError(f"{folder} is not there", permanent=True)
+    return Uploaded(item, files)
+
+
+def upload_item(store: S3Store, run: RunDir, item: str, say: Callable[[str], None]) -> Done:
+    """Store a folder, what is there already left out, and then its list. Raises UploadError."""
+    listed = files_of(run, item)
+    sent = 0
+    try:
+        for name, entry in sorted(listed.files.items()):
+            if store.put_file(f"{item}/{name}", run.root / item / name, entry):
+                sent += entry.nbytes
+                say(f"{item}/{name}: {entry.nbytes / 1e6:.1f} MB")
+    except FileNotFoundError as error:
+        raise UploadError(f"{error.filename} is gone: a newer one superseded it", permanent=True) from error
+    store.put(list_key(item), msgspec.json.encode(listed))
+    return Done(item, listed.nbytes, sent)
+
+
+def upload_run_files(store: S3Store, run: RunDir) -> None:
+    """Store the run's settings and records as they are now. Raises UploadError."""
+    paths = [run.root / name for name in (*RUN_FILES, *RUN_SINGLES)]
+    for folder in RUN_FOLDERS:
+        paths += [path for path in sorted((run.root / folder).rglob("*")) if "__pycache__" not in path.parts]
+    for path in paths:
+        if path.is_file():
+            store.put(f"{RUN}/{path.relative_to(run.root)}", path.read_bytes())
