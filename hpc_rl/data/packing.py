@@ -43,7 +43,7 @@ def pack(
                 f"{micro_batch_tokens}; raise it, or lower the sequence limits"
             )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fitted = _best_fit(lengths, order, micro_batch_tokens)
+    fitted = best_fit(lengths, micro_batch_tokens)
     count = max(ranks, -(-len(fitted) // ranks) * ranks)
     levelled = _level(lengths, order, micro_batch_tokens, count)
     if levelled is None:
@@ -64,8 +64,9 @@ def pack_fixed(lengths: Sequence[int], micro_batch_size: int, ranks: int) -> lis
     return _deal(lengths, bins, ranks)
 
 
-def _best_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> Bins:
-    """Best-fit decreasing: each sequence into the fullest bin that still holds it."""
+def best_fit(lengths: Sequence[int], capacity: int) -> Bins:
+    """Best-fit decreasing: each sequence into the fullest bin that still holds it; a longer one alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins: Bins = []
     rooms: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for index in order:

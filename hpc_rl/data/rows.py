@@ -19,6 +19,7 @@ from hpc_rl.data.errors import DataError
 from hpc_rl.recipe.schema import DatasetSpec
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_HOLDOUT_KEY = 2**63  # no epoch has this number
 _HASH_WHOLE = 64 << 20  # files above this are hashed by size, head and tail
 
 
@@ -48,6 +49,31 @@ class Rows:
     def __len__(self) -> int:
         return self._length
 
+    def number(self, index: int) -> int:
+        """The number of row `index` in the file or data set that it comes from."""
+        return int(self._store.numbers[index]) if isinstance(self._store, _Part) else index
+
+    def where(self, index: int) -> str:
+        """How messages name row `index`."""
+        return f"{self.name}: row {self.number(index)}"
+
+    def split(self, held_out: float, seed: int) -> tuple[Rows, Rows]:
+        """`(the rest, the held-out rows)`: so many rows, or below 1 that share; at random, in file order.
+
+        The same seed takes the same rows. Raises DataError if one side would be empty.
+        """
+        count = round(held_out * len(self)) if held_out < 1 else int(held_out)
+        if not 0 < count < len(self):
+            raise DataError(f"data.holdout {held_out} takes {count} of the {len(self)} rows of {self.name}")
+        words = np.random.Philox(key=[seed, _HOLDOUT_KEY]).random_raw(len(self))
+        order = np.argsort(words, kind="stable")
+        parts = [np.sort(order[count:]), np.sort(order[:count])]
+        rest, held = (
+            Rows(_Part(self, part), len(part), f"{self.fingerprint}/{name} {count} seed {seed}")
+            for name, part in zip(("without", "holdout"), parts, strict=True)
+        )
+        return rest, held
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index` as a dict. Raises IndexError outside `[0, len)`, DataError if it cannot be decoded."""
         if not 0 <= index < self._length:
@@ -56,6 +82,19 @@ class Rows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(self._length))
+
+
+class _Part:
+    """Some rows of another data set."""
+
+    def __init__(self, rows: Rows, numbers: np.ndarray) -> None:
+        self.name, self.numbers, self._rows = rows.name, numbers, rows
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[int(self.numbers[index])]
 
 
 class _JsonLines:

@@ -32,7 +32,7 @@ def pack_samples(
     device: torch.device,
     media: list[Media | None] | None = None,
 ) -> PackedBatch:
-    """One row out of `samples`, with the media of each if any has some.
+    """One row out of `samples`, with the media of each (`media`, else their own) if any has some.
 
     Without any trained token the row still has one masked position, because every rank must run a
     forward and a backward for its peers' collectives.
@@ -51,8 +51,8 @@ def pack_samples(
         keep.append(start + trained - 1)
         targets.append(tokens[trained])
         sequence.append(np.full(len(trained), number))
-        sampler.append(np.asarray(sample.log_probs, dtype=np.float32)[trained])
-        advantages.append(np.asarray(sample.advantages, dtype=np.float32)[trained])
+        sampler.append(_per_token(sample.log_probs, trained))
+        advantages.append(_per_token(sample.advantages, trained))
         start += length
     trained_tokens = sum(len(k) for k in keep)
     mask = np.ones(trained_tokens, dtype=np.float32)
@@ -79,8 +79,15 @@ def pack_samples(
             sampler_log_probs=put(sampler, torch.float32),
             advantages=put(advantages, torch.float32),
         ),
-        _on(device, media),
+        _on(device, media if media is not None else [sample.media for sample in samples]),
     )
+
+
+def _per_token(values: list[float], trained: np.ndarray) -> np.ndarray:
+    """The values at the trained positions; SFT has none."""
+    if not values:
+        return np.zeros(len(trained), dtype=np.float32)
+    return np.asarray(values, dtype=np.float32)[trained]
 
 
 def _on(device: torch.device, media: list[Media | None] | None) -> list[Media | None] | None:

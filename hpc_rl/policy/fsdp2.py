@@ -23,7 +23,8 @@ from hpc_rl.policy.guard import SpikeGuard, name_samples
 from hpc_rl.policy.optimizer import clip_gradients, make_optimizer, schedule_factor, set_rates
 from hpc_rl.policy.profiling import StepProfiler
 from hpc_rl.policy.restore import Restorer, stage_file
-from hpc_rl.policy.sft_data import SftData, open_sft_data, total_steps
+from hpc_rl.policy.sft_data import SftData, total_steps
+from hpc_rl.policy.sft_open import open_sft_data
 from hpc_rl.policy.state import TrainingState
 from hpc_rl.policy.step import Ranks, Reduced, SampleId, StepRunner, Totals
 from hpc_rl.policy.throughput import StepTimer, throughput_of

@@ -93,7 +93,9 @@ class PromptGroup(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class TrainSample(msgspec.Struct, forbid_unknown_fields=True):
-    """One sequence for the learner: `token_ids` is prompt + answer, all lists have its length.
+    """One sequence for the learner: `token_ids` is prompt + answer, all lists have its length (for SFT,
+    `log_probs` and `advantages` are empty). `media` are tensors by the names of the model's forward; it
+    does not travel.
 
     `loss_mask[t]` is 1 where token t is trained on (never the first token); `log_probs[t]` is the
     sampler's log-prob of token t (0.0 where the mask is 0); `advantages[t]` likewise per token.
@@ -106,3 +108,4 @@ class TrainSample(msgspec.Struct, forbid_unknown_fields=True):
     log_probs: list[float]
     advantages: list[float]
     version: int = 0
+    media: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from hpc_rl.data.rows import load_rows
 from hpc_rl.models.hf.folder import load_tokenizer
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.sft_data import SftData
+from hpc_rl.policy.sft_rows import row_source
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
 from tests.ranks import run_ranks
@@ -129,7 +130,8 @@ def test_two_ranks_equal_one_process_and_their_checkpoint_resumes_on_one(
 def make_data(tiny_model: Path, folder: Path, **policy: object) -> SftData:
     recipe = make_recipe(folder, tiny_model, **policy)
     rows = load_rows(recipe.data.train)
-    return SftData(rows, recipe.data.train, load_tokenizer(recipe.model), recipe.policy, recipe.seed, 2)
+    spec, tokenizer = recipe.data.train, load_tokenizer(recipe.model)
+    return SftData(row_source(rows, spec, tokenizer, recipe.policy.max_length), recipe.policy, recipe.seed, 2)
 
 
 def test_batches_are_a_function_of_seed_and_step(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""From a recipe to its SFT data: files, archives, tokenizer or processor, and how ranks agree."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hpc_rl.data.media import MediaFiles
+from hpc_rl.data.multimodal import Multimodal
+from hpc_rl.data.rows import Rows, find_path, load_rows
+from hpc_rl.models.base import ModelError
+from hpc_rl.models.hf.folder import load_processor, load_tokenizer
+from hpc_rl.policy.sft_data import SftData
+from hpc_rl.policy.sft_rows import Agree, RowSource, row_source
+from hpc_rl.policy.step import Ranks
+from hpc_rl.recipe.schema import DatasetSpec, Recipe
+from hpc_rl.run.paths import RunDir
+from hpc_rl.types import TrainSample
+
+_RUN_ID = re.compile(r"^(\d{8}-\d{6})-")
+
+
+def open_sft_data(recipe: Recipe, run_dir: RunDir, ranks: Ranks, needs_picture: bool) -> SftData:
+    """The data of a recipe for this rank. With `needs_picture`, every forward must have one.
+
+    Raises DataError or ModelError.
+    """
+    processor = load_processor(recipe.model)
+    tokenizer = load_tokenizer(recipe.model) if processor is None else processor.tokenizer
+    if needs_picture and processor is None:
+        raise ModelError(f"{recipe.model.path} takes images, and its folder has no processor for them")
+    train, held_out = open_sources(recipe, run_dir, tokenizer, processor)
+    return SftData(
+        train,
+        recipe.policy,
+        recipe.seed,
+        ranks.data_parallel,
+        held_out=held_out,
+        rank=ranks.rank // ranks.tp,
+        workers=recipe.data.workers,
+        blank=blank_sample(processor, train.spec) if needs_picture else None,
+        agree=agree_over(ranks),
+    )
+
+
+def agree_over(ranks: Ranks) -> Agree:
+    """Over the default process group; the ranks of a tensor-parallel group count the same tokens."""
+
+    def agree(count: int, sums: list[float]) -> tuple[int, list[float]]:
+        if ranks.world_size == 1:
+            return count, sums
+        most = torch.tensor(count, device=ranks.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        if sums:
+            total = torch.tensor(sums, dtype=torch.float64, device=ranks.device)
+            dist.all_reduce(total)
+            sums = (total / ranks.tp).tolist()
+        return int(most), sums
+
+    return agree
+
+
+def open_sources(
+    recipe: Recipe, run_dir: RunDir, tokenizer: Any, processor: Any = None
+) -> tuple[RowSource, RowSource | None]:
+    """`(training rows, validation rows)` of a recipe; archives of media are unpacked. Raises DataError."""
+    data, limit, today = recipe.data, recipe.policy.max_length, run_date(run_dir)
+
+    def source(rows: Rows, spec: DatasetSpec) -> RowSource:
+        files = None
+        if processor is not None:
+            files = MediaFiles(spec, data_folder(spec, run_dir.root))
+            files.prepare()
+        return row_source(rows, spec, tokenizer, limit, processor=processor, files=files, today=today)
+
+    train, held = load_rows(data.train, run_dir.root), None
+    if data.eval is not None:
+        held = source(load_rows(data.eval, run_dir.root), data.eval)
+    elif data.holdout:
+        train, part = train.split(data.holdout, recipe.seed)
+        held = source(part, data.train)
+    return source(train, data.train), held
+
+
+def blank_sample(processor: Any, spec: DatasetSpec) -> TrainSample:
+    """A sample with a blank picture, of which nothing is learned."""
+    one = Multimodal(processor, MediaFiles(spec, None)).blank()
+    return TrainSample(-1, -1, one.token_ids, one.loss_mask, [], [], media=one.media)
+
+
+def data_folder(spec: DatasetSpec, base: Path) -> Path | None:
+    """The folder of a data file (None for a data set of the Hub): where relative paths of media begin."""
+    path = find_path(spec.path, base)
+    return path if path is None or path.is_dir() else path.parent
+
+
+def run_date(run_dir: RunDir) -> datetime:
+    """When the run was made: what templates take for today, on every rank and in every attempt."""
+    named = _RUN_ID.match(run_dir.run_id)
+    if named is not None:
+        return datetime.strptime(named[1], "%Y%m%d-%H%M%S")
+    made = run_dir.plan if run_dir.plan.exists() else run_dir.root
+    return datetime.fromtimestamp(made.stat().st_mtime)

@@ -1,0 +1,139 @@
+"""Where SFT's sequences come from: the recipe's rows, and how each thread encodes them."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from hpc_rl.data.encode import EncodedRow, Encoder
+from hpc_rl.data.media import MediaFiles
+from hpc_rl.data.multimodal import Multimodal
+from hpc_rl.data.packing import pack, pack_fixed
+from hpc_rl.data.rows import Rows
+from hpc_rl.data.stream import RowStream
+from hpc_rl.recipe.schema import DatasetSpec, Policy
+from hpc_rl.types import TrainSample
+
+# (number of micro-batches, sums) of this rank -> (the largest number, the sums) over data-parallel ranks
+Agree = Callable[[int, list[float]], tuple[int, list[float]]]
+_RUN_ID = re.compile(r"^(\d{8}-\d{6})-")
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """`encoder()` makes a function from row index to sequences, for one thread alone.
+
+    `has_media`: rows go through a processor, so a rank encodes its own only.
+    """
+
+    rows: Rows
+    spec: DatasetSpec
+    encoder: Callable[[], Callable[[int], EncodedRow]]
+    has_media: bool = False
+
+    def lengths(self, workers: int) -> list[list[int]]:
+        """Tokens of every sequence of every row. Reads and encodes all rows."""
+        local = _Encoders(self.encoder)
+
+        def of(index: int) -> list[int]:
+            return [len(one.token_ids) for one in local.get()(index).sequences]
+
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            return list(pool.map(of, range(len(self.rows)), chunksize=64))
+
+
+class _Encoders(threading.local):
+    def __init__(self, make: Callable[[], Callable[[int], EncodedRow]]) -> None:
+        self._make = make
+        self._made: Callable[[int], EncodedRow] | None = None
+
+    def get(self) -> Callable[[int], EncodedRow]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
+def row_source(
+    rows: Rows,
+    spec: DatasetSpec,
+    tokenizer: Any,
+    max_length: int | None,
+    *,
+    processor: Any = None,
+    files: MediaFiles | None = None,
+    today: datetime | None = None,
+) -> RowSource:
+    """Rows through a tokenizer, or with images through a processor (which has its tokenizer)."""
+    lock = threading.Lock()
+
+    def encoder() -> Callable[[int], EncodedRow]:
+        with lock:  # fast tokenizers must not be used by two threads, not even to be copied
+            own = copy.deepcopy(tokenizer if processor is None else processor)
+        media = None
+        if processor is not None:
+            assert files is not None
+            media, own = Multimodal(own, files, today), own.tokenizer
+        encode = Encoder(own, spec, max_length, media, today)
+        return lambda index: encode(rows[index], rows.where(index))
+
+    encoder()  # a missing chat template is an error of the start, not of a thread
+    return RowSource(rows, spec, encoder, processor is not None)
+
+
+def samples_of(ordinal: int, row: EncodedRow) -> list[TrainSample]:
+    """The train samples of an encoded row."""
+    return [
+        TrainSample(ordinal, number, one.token_ids, one.loss_mask, [], [], media=one.media)
+        for number, one in enumerate(row.sequences)
+    ]
+
+
+def deal(policy: Policy, samples: list[TrainSample], ranks: int) -> list[list[list[TrainSample]]]:
+    """`samples` by rank and micro-batch."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    if policy.micro_batch_size is not None:
+        plan = pack_fixed(lengths, policy.micro_batch_size, ranks)
+    else:
+        plan = pack(lengths, policy.micro_batch_tokens or max(lengths, default=1), ranks)
+    return [[[samples[i] for i in indices] for indices in rank] for rank in plan]
+
+
+class EvalRows:
+    """Validation rows in file order, block by block, so that they need not be in memory at once."""
+
+    def __init__(self, source: RowSource, policy: Policy, workers: int) -> None:
+        self._source, self._policy = source, policy
+        self._block = max(64, policy.batch_size)
+        self._stream: RowStream[EncodedRow] = RowStream(source.encoder, workers)
+
+    def __len__(self) -> int:
+        return len(self._source.rows)
+
+    def micro_batches(self, rank: int, ranks: int, agree: Agree | None) -> Iterator[list[TrainSample]]:
+        """Those of data-parallel rank `rank`; every rank gets equally many."""
+        blocks = [self._mine(first, rank, ranks) for first in range(0, len(self), self._block)]
+        for number, ordinals in enumerate(blocks):
+            self._stream.want(ordinals)
+            if number + 1 < len(blocks):
+                self._stream.want(blocks[number + 1])
+            samples = [s for o in ordinals for s in samples_of(o, self._stream.take(o))]
+            if not self._source.has_media:
+                yield from deal(self._policy, samples, ranks)[rank]
+                continue
+            mine = deal(self._policy, samples, 1)[0]
+            count = agree(len(mine), [])[0] if agree is not None else len(mine)
+            yield from mine
+            yield from ([] for _ in range(count - len(mine)))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _mine(self, first: int, rank: int, ranks: int) -> list[int]:
+        last = min(first + self._block, len(self))
+        return list(range(first + rank, last, ranks) if self._source.has_media else range(first, last))
