@@ -58,6 +58,8 @@ _FORBIDDEN = (
 AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
     ("policy", "batch_size"): (("policy", "parallel"), ("algorithm", "group_size")),
     ("policy", "parallel"): (("cluster", "policy"),),
+    ("policy", "optimizer", "decay_steps"): (("policy", "steps"), ("policy", "optimizer")),
+    ("policy", "optimizer", "min_lr"): (("policy", "optimizer"),),
     ("policy", "parallel", "tp"): (("model", "path"),),
     ("rollout", "parallel"): (("cluster", "rollout"),),
     ("rollout", "parallel", "tp"): (("model", "path"),),
@@ -118,7 +120,7 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
         place = blamed(source, path)
         problems.append(Problem(str(place) if place else "", dotted(path), message))
 
-    for checker in (_kind, _model, _data, _length, _batch, _rollout, _cluster):
+    for checker in (_kind, _model, _data, _length, _batch, _optimizer, _guard, _rollout, _cluster):
         for path, message in checker(recipe):
             bad(message, *path)
     if "micro_batch_size" in recipe.policy.model_fields_set and recipe.policy.micro_batch_size is not None:
@@ -221,6 +223,39 @@ def _batch(recipe: Recipe) -> Found:
             ("policy", "parallel", "ep"),
             f"is {parallel.ep}; must divide dp_shard x cp = {parallel.dp_shard * parallel.cp}",
         )
+
+
+def _optimizer(recipe: Recipe) -> Found:
+    options, steps = recipe.policy.optimizer, recipe.policy.steps
+    path: KeyPath = ("policy", "optimizer")
+    if options.warmup_ratio is not None and options.warmup_steps:
+        yield (*path, "warmup_ratio"), "warmup_steps and warmup_ratio are both set; keep one"
+    if options.min_lr > options.lr:
+        yield (*path, "min_lr"), f"is {options.min_lr:g}; must be at most lr, which is {options.lr:g}"
+    decay = options.decay_steps
+    if decay is not None and options.schedule != "wsd":
+        yield (*path, "decay_steps"), f"belongs to schedule wsd; the schedule is {options.schedule}"
+    elif decay is not None and steps is not None:
+        warmup = round(options.warmup_ratio * steps) if options.warmup_ratio else options.warmup_steps
+        if decay > steps:
+            yield (*path, "decay_steps"), f"is {decay}; must be at most policy.steps, which is {steps}"
+        elif warmup + decay > steps:
+            text = f"is {decay}; with {warmup} steps of warm-up that is more than policy.steps {steps}"
+            yield (*path, "decay_steps"), text
+    for index, group in enumerate(options.groups):
+        where: KeyPath = (*path, "groups", index, "match")
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            yield where, f"is {group.match!r}; no regular expression: {error}"
+        if group.lr is None and group.weight_decay is None:
+            yield where, f"is {group.match!r}; give this group an lr or a weight_decay of its own"
+
+
+def _guard(recipe: Recipe) -> Found:
+    if recipe.kind == "rl" and recipe.policy.guard.spike is not None:
+        text = "belongs to kind sft: the loss of a policy gradient is near 0 and says nothing of its health"
+        yield ("policy", "guard", "spike"), text
 
 
 def _rollout(recipe: Recipe) -> Found:

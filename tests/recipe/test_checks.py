@@ -47,6 +47,35 @@ Wrong = Callable[..., str]
             "policy.optimizer.betas.1: is 1; must be less than 1.0",
         ),
         (["policy.optimizer.betas=[-0.1, 0.9]"], "policy.optimizer.betas.0: is -0.1; must be at least 0"),
+        (
+            ["policy.optimizer.warmup_ratio=0.1", "policy.optimizer.warmup_steps=3"],
+            "policy.optimizer.warmup_ratio: warmup_steps and warmup_ratio are both set; keep one",
+        ),
+        (
+            ["policy.optimizer.lr=1e-5", "policy.optimizer.min_lr=1e-4"],
+            "policy.optimizer.min_lr: is 0.0001; must be at most lr, which is 1e-05",
+        ),
+        (
+            ["policy.optimizer.decay_steps=5"],
+            "policy.optimizer.decay_steps: belongs to schedule wsd; the schedule is constant",
+        ),
+        (
+            ["policy.steps=9", "policy.optimizer={schedule: wsd, decay_steps: 10}"],
+            "policy.optimizer.decay_steps: is 10; must be at most policy.steps, which is 9",
+        ),
+        (
+            ["policy.steps=9", "policy.optimizer={schedule: wsd, decay_steps: 8, warmup_steps: 2}"],
+            "policy.optimizer.decay_steps: is 8; with 2 steps of warm-up that is more than policy.steps 9",
+        ),
+        (
+            ["policy.optimizer.groups=[{match: '(', lr: 1e-5}]"],
+            "policy.optimizer.groups.0.match: is '('; no regular expression: missing ), unterminated",
+        ),
+        (
+            ["policy.optimizer.groups=[{match: norm}]"],
+            "policy.optimizer.groups.0.match: is 'norm'; give this group an lr or a weight_decay of its own",
+        ),
+        (["policy.guard.spike=3"], "policy.guard.spike: belongs to kind sft: the loss of a policy gradient"),
         (["policy.optimizer.clip_norm=0"], "policy.optimizer.clip_norm: is 0; must be greater than 0"),
         (["algorithm.clip_high=.inf"], "algorithm.clip_high: is Infinity"),
         (["seed=4294967296"], "seed: is 4294967296; must be at most 4294967295"),
