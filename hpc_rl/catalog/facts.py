@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class ModelFacts:
     max_position: int | None
     parameters: int | None
     parameters_from: str = "unknown"  # safetensors | config | unknown
+    shapes: dict[str, list[int]] | None = None  # of every tensor, by its name in the files
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -53,7 +55,8 @@ def read_facts(folder: Path) -> ModelFacts:
     kv_heads = number(*_KV_HEADS)
     if kv_heads is None and text.get("multi_query") is True:
         kv_heads = 1
-    counted = count_parameters(folder)
+    shapes = tensor_shapes(folder)
+    counted = None if shapes is None else sum(map(math.prod, shapes.values()))
     origin = "safetensors"
     layers, vocab = number(*_LAYERS), number("vocab_size")
     kv = kv_heads or heads
@@ -72,6 +75,7 @@ def read_facts(folder: Path) -> ModelFacts:
         max_position=number("max_position_embeddings", "n_positions"),
         parameters=counted,
         parameters_from=origin if counted is not None else "unknown",
+        shapes=shapes,
     )
 
 
@@ -118,6 +122,12 @@ def _first(text: dict[str, Any], names: tuple[str, ...]) -> int | None:
 
 def count_parameters(folder: Path) -> int | None:
     """Elements of all tensors by the headers of `*.safetensors`; None when there are no such files."""
+    shapes = tensor_shapes(folder)
+    return None if shapes is None else sum(map(math.prod, shapes.values()))
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]] | None:
+    """The shape of every tensor by the headers of `*.safetensors`; None when there are no such files."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -127,16 +137,12 @@ def count_parameters(folder: Path) -> int | None:
             return None
     if not files:
         return None
-    total = 0
-    for file in files:
-        for name, tensor in safetensors_header(file).items():
-            if name == "__metadata__":
-                continue
-            size = 1
-            for length in tensor["shape"]:
-                size *= length
-            total += size
-    return total
+    return {
+        name: list(tensor["shape"])
+        for file in files
+        for name, tensor in safetensors_header(file).items()
+        if name != "__metadata__"
+    }
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:

@@ -28,12 +28,19 @@ def plan_summary(plan: Plan) -> str:
     lines = [head + (f", {plan.total_steps} steps" if plan.total_steps else ""), table(header, rows)]
     if plan.memory is not None:
         memory = plan.memory
-        per_gpu = memory.weights_gb + memory.gradients_gb + memory.optimizer_gb
         room = f" of {memory.gpu_gb:g} GiB" if memory.gpu_gb else ""
+        room = " of the node" if memory.on_host else room
+        average = f", average {memory.ema_gb:.1f}" if memory.ema_gb else ""
+        some = (
+            f", {memory.trained / 1e6:,.1f} M trained"
+            if memory.trained not in (None, memory.parameters)
+            else ""
+        )
+        parts = f"weights {memory.weights_gb:.1f}, gradients {memory.gradients_gb:.1f}, "
+        parts += f"optimizer {memory.optimizer_gb:.1f}{average}"
         lines.append(
-            f"policy memory per rank: {per_gpu:.1f} GiB{room} (weights {memory.weights_gb:.1f}, gradients "
-            f"{memory.gradients_gb:.1f}, optimizer {memory.optimizer_gb:.1f}), before activations; "
-            f"{memory.parameters / 1e6:,.0f} M parameters"
+            f"policy memory per rank: {memory.total_gb:.1f} GiB{room} ({parts}), before activations; "
+            f"{memory.parameters / 1e6:,.0f} M parameters{some}"
         )
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)

@@ -2,26 +2,100 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 from hpc_rl.plan.schema import MemoryEstimate, Mesh
-from hpc_rl.recipe.schema import Recipe
+from hpc_rl.recipe.schema import Lora, Model, Recipe
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WIDTH = 4096  # of a typical layer: what an adapter adds to a model whose shapes are not known
+_NOT_LINEAR = re.compile(r"(^|\.)(embed|lm_head|norm|ln_|wte|wpe|patch_embed|.*embedding)")
+
+Shapes = dict[str, list[int]]
 
 
-def estimate(recipe: Recipe, parameters: int, mesh: Mesh, gpu_gb: float | None) -> MemoryEstimate:
-    """GiB per GPU. Weights, gradients and both AdamW moments are kept in fp32 and sharded over every
-    dimension but `dp_replicate`; the forward runs in `model.dtype` on one gathered layer at a time."""
-    shards = mesh.dp_shard * mesh.cp * mesh.tp * mesh.pp
-    own = parameters / shards / GIB
-    moments = 2 if recipe.policy.optimizer.name == "adamw" else 0
+def estimate(
+    recipe: Recipe, parameters: int, mesh: Mesh, gpu_gb: float | None, shapes: Shapes | None = None
+) -> MemoryEstimate:
+    """GiB per GPU. Weights are kept in fp32, and so are gradients, both AdamW moments and the moving
+    average of those that are trained; all are sharded over every dimension but `dp_replicate`. The forward
+    runs in `model.dtype` on one gathered layer at a time.
+
+    `shapes` are the tensors of the model's files by name, where these are here.
+    """
+    policy = recipe.policy
+    added, trained = trained_parameters(recipe.model, parameters, shapes)
+    per_element = 4 / (mesh.dp_shard * mesh.cp * mesh.tp * mesh.pp) / GIB
+    moments = 2 if policy.optimizer.name == "adamw" else 0
     return MemoryEstimate(
         parameters=parameters,
-        weights_gb=round(4 * own, 3),
-        gradients_gb=round(4 * own, 3),
-        optimizer_gb=round(4 * moments * own, 3),
+        trained=trained,
+        weights_gb=round(per_element * (parameters + added), 3),
+        gradients_gb=round(per_element * trained, 3),
+        optimizer_gb=round(per_element * moments * trained, 3),
+        ema_gb=round(per_element * trained, 3) if policy.ema is not None else 0.0,
+        on_host=policy.cpu_offload,
         gpu_gb=gpu_gb,
     )
+
+
+def trained_parameters(model: Model, parameters: int, shapes: Shapes | None) -> tuple[int, int]:
+    """(parameters that adapters add, parameters that are trained).
+
+    Names in files differ a little from those in memory, which `model.train` and `model.freeze` are about;
+    an estimate may say so.
+    """
+    if model.lora is not None:
+        added = _adapter(model.lora, parameters, shapes)
+        return added, added
+    if shapes is None or not (model.train or model.freeze):
+        return 0, parameters
+    trained = [
+        name
+        for name in shapes
+        if (not model.train or _matches(model.train, name)) and not _matches(model.freeze, name)
+    ]
+    return 0, sum(math.prod(shapes[name]) for name in trained)
+
+
+def _matches(patterns: list[str], name: str) -> bool:
+    try:
+        return any(re.search(pattern, name) for pattern in patterns)
+    except re.error:  # said where the pattern is used
+        return False
+
+
+def _adapter(lora: Lora, parameters: int, shapes: Shapes | None) -> int:
+    """Elements of the adapter: r x (in + out) of each layer that has one, and the modules saved whole."""
+    if shapes is None:
+        return int(parameters * 2 * lora.r / _WIDTH)
+    total = 0
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if any(_names(saved, module) for saved in lora.modules_to_save):
+            total += math.prod(shape)
+        elif name.endswith(".weight") and len(shape) == 2 and _has_adapter(lora, module):
+            total += _rank(lora, module) * sum(shape)
+    return total
+
+
+def _has_adapter(lora: Lora, module: str) -> bool:
+    if any(_names(excluded, module) for excluded in lora.exclude_modules):
+        return False
+    if lora.target_modules == "all-linear":
+        return _NOT_LINEAR.search(module) is None
+    return any(_names(target, module) for target in lora.target_modules)
+
+
+def _rank(lora: Lora, module: str) -> int:
+    return next((rank for name, rank in lora.r_pattern.items() if _names(name, module)), lora.r)
+
+
+def _names(target: str, module: str) -> bool:
+    """PEFT's rule for one entry of a list: the module's name, or the end of it."""
+    return module == target or module.endswith(f".{target}")
 
 
 def memory_warnings(recipe: Recipe, memory: MemoryEstimate) -> list[str]:
@@ -29,12 +103,12 @@ def memory_warnings(recipe: Recipe, memory: MemoryEstimate) -> list[str]:
     if memory.gpu_gb is None:
         return []
     warnings = []
-    total = memory.weights_gb + memory.gradients_gb + memory.optimizer_gb
-    if total > memory.gpu_gb:
+    if memory.total_gb > memory.gpu_gb and not memory.on_host:
+        average = f" + average {memory.ema_gb:.1f}" if memory.ema_gb else ""
         warnings.append(
             f"policy: weights {memory.weights_gb:.1f} + gradients {memory.gradients_gb:.1f} + optimizer "
-            f"{memory.optimizer_gb:.1f} = {total:.1f} GiB per GPU, the site's GPUs have {memory.gpu_gb:g}; "
-            "raise policy.parallel.dp_shard"
+            f"{memory.optimizer_gb:.1f}{average} = {memory.total_gb:.1f} GiB per GPU, the site's GPUs have "
+            f"{memory.gpu_gb:g}; raise policy.parallel.dp_shard"
         )
     if recipe.rollout is not None:
         width = recipe.rollout.parallel.tp * recipe.rollout.parallel.pp

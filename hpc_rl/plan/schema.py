@@ -57,11 +57,21 @@ class Mesh(_Data):
 
 
 class MemoryEstimate(_Data):
+    """GiB per rank. `trained` are the parameters that have gradients; `on_host`: the sharded state lies in
+    the node's memory (`policy.cpu_offload`), not on the GPU."""
+
     parameters: int
+    trained: int | None = None
     weights_gb: float
     gradients_gb: float
     optimizer_gb: float
+    ema_gb: float = 0.0
+    on_host: bool = False
     gpu_gb: float | None = None
+
+    @property
+    def total_gb(self) -> float:
+        return self.weights_gb + self.gradients_gb + self.optimizer_gb + self.ema_gb
 
 
 class Plan(_Data):
