@@ -53,8 +53,8 @@ class ModelAdapter(Protocol):
         media: Sequence[Media | None] | None = None,
     ) -> Tensor:
         """Logits [N, V] at the positions `keep` [N] of one packed row: sequences of `input_ids` [T]
-        one after the other, `position_ids` [T] starting anew at 0 with each. `media` has one entry
-        per sequence of the row (None: all are text)."""
+        one after the other, `position_ids` [T] (best on the host) starting anew at 0 with each. `media`
+        has one entry per sequence of the row (None: all are text)."""
         ...
 
     def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:

@@ -15,9 +15,10 @@ from hpc_rl.types import TrainSample
 
 @dataclass
 class PackedBatch:
-    """`input_ids` and `position_ids` [T] of sequences laid end to end; `keep` [N] are the positions
-    whose next token is trained on, and `tokens` those next tokens. `media` has one entry per sequence
-    (on the device), or is None where no sequence has any."""
+    """`input_ids` and `position_ids` [T] of sequences laid end to end (the positions on the host: where
+    sequences begin is asked of them, and a GPU would first finish all it has to do); `keep` [N] are the
+    positions whose next token is trained on, and `tokens` those next tokens. `media` has one entry per
+    sequence (on the device), or is None where no sequence has any."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -68,7 +69,7 @@ def pack_samples(
 
     return PackedBatch(
         put(ids, torch.long),
-        put(positions, torch.long),
+        torch.as_tensor(np.concatenate(positions), dtype=torch.long),
         put(keep, torch.long),
         TokenBatch(
             targets=put(targets, torch.long),

@@ -45,6 +45,7 @@ class Totals:
 
     def add(self, output: LossOutput, samples: list[TrainSample]) -> None:
         self.losses.append(output.loss.detach())
+        samples = [sample for sample in samples if sample.ordinal >= 0]  # without a blank picture
         for name, value in output.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
         for name, value in output.maxima.items():

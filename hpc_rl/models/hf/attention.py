@@ -55,14 +55,17 @@ def spans_of(position_ids: Tensor) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(position_ids)], strict=True))
 
 
-def layout_of(position_ids: Tensor, blocks: Tensor | None = None) -> PackedLayout:
+def layout_of(
+    position_ids: Tensor, blocks: Tensor | None = None, device: torch.device | None = None
+) -> PackedLayout:
     """The layout of a row whose `position_ids` [T] start anew at 0 with each sequence; `blocks` [T]
     numbers the tokens of images (-1: no image's).
 
     Sequences are stacked by length rounded up to a power of two, so at most half of a stack is padding;
-    those with images (they need a mask) apart from those without.
+    those with images (they need a mask) apart from those without. The layout is for a row on `device`; the
+    positions are best on the host, or asking for them waits for the GPU.
     """
-    positions = position_ids.cpu()
+    positions, device = position_ids.cpu(), device or position_ids.device
     own_blocks = blocks.cpu() if blocks is not None else torch.full_like(positions, -1)
     by_size: dict[tuple[int, bool], list[tuple[int, int]]] = {}
     for start, end in spans_of(positions):
@@ -79,11 +82,11 @@ def layout_of(position_ids: Tensor, blocks: Tensor | None = None) -> PackedLayou
         places = filled + torch.arange(gather.numel()).view_as(gather)
         homes[gather[inside]] = places[inside]
         # Padding belongs to no image, or an image at the start of a sequence would see it.
-        ours = torch.where(inside, own_blocks[gather], -1).to(position_ids.device) if images else None
-        stacks.append(Stack(gather.flatten().to(position_ids.device), len(spans), width, ours))
+        ours = torch.where(inside, own_blocks[gather], -1).to(device) if images else None
+        stacks.append(Stack(gather.flatten().to(device), len(spans), width, ours))
         filled += gather.numel()
     lengths_seen = {length for spans in by_size.values() for _, length in spans}
-    return PackedLayout(stacks, homes.to(position_ids.device), in_order=len(lengths_seen) == 1)
+    return PackedLayout(stacks, homes.to(device), in_order=len(lengths_seen) == 1)
 
 
 def no_mask(device: torch.device) -> Tensor:

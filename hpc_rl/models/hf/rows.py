@@ -48,13 +48,14 @@ def packed(
     """Logits [N, V] at `keep`. Our own attention gets the layout of the row; others get no mask, and
     transformers finds the boundaries in `position_ids`."""
     inputs: dict[str, Any] = {}
-    place, blocks = positions.unsqueeze(0), None
+    on_device = positions.to(ids.device, non_blocking=True)
+    place, blocks = on_device.unsqueeze(0), None
     if media is not None and any(media):
         rule = PACKED[module.config.model_type]
         spans = attention.spans_of(positions)
-        inputs, place, blocks = packed_media(module, rule, ids, positions, spans, media)
+        inputs, place, blocks = packed_media(module, rule, ids, on_device, spans, media)
     if module.config.get_text_config()._attn_implementation == attention.NAME:
-        inputs["packed_layout"] = attention.layout_of(positions, blocks)
+        inputs["packed_layout"] = attention.layout_of(positions, blocks, ids.device)
         inputs["attention_mask"] = attention.no_mask(ids.device)
     output = module(
         input_ids=ids.unsqueeze(0), position_ids=place, use_cache=False, logits_to_keep=keep, **inputs
