@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers as T
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -174,15 +176,25 @@ def train(model: HfModel, optimizer: str, rows: list[Row], tokens: int, parallel
 
 
 def train_and_compare(
-    family: str, folder: str, spec: ParallelSpec, rank: int, rows: list[Row], expected: dict[str, Any]
+    folder: str,
+    spec: ParallelSpec,
+    rank: int,
+    rows: list[Row],
+    blank: Sequence | None,
+    expected: dict[str, Any],
 ) -> None:
-    """Train on this rank's rows and compare with one process that had all of them."""
+    """Train on this rank's rows and compare with one process that had all of them. The file is in the
+    shards bit by bit, and comes back from them."""
+    in_file = load_file(Path(folder) / "model.safetensors")
     own = rows[rank // spec.tp :: spec.data_parallel]
     tokens = tokens_of(rows)
     for name, history in expected.items():
         model = build_model(folder, spec)
+        sent = [pair for bucket in model.buckets(150_000) for pair in bucket]
+        assert sorted(key for key, _ in sent) == sorted(in_file)
+        assert all(torch.equal(tensor, in_file[key]) for key, tensor in sent)
         if model.needs_media:
-            blank = blank_of(family)
+            assert blank is not None
             own = [row if any(s.media for s in row) else [*row, blank] for row in own]
         ours = train(model, name, own, tokens, spec)
         for step, (a, b) in enumerate(zip(ours.losses, history["losses"], strict=True)):
@@ -204,9 +216,8 @@ def full(value: Tensor) -> Tensor:
 @contextmanager
 def world(folder: Path, name: str, rank: int, size: int) -> Iterator[None]:
     """A default gloo group of `size` ranks for a while."""
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / name), size), rank=rank, world_size=size
-    )
+    store, limit = dist.FileStore(str(folder / name), size), timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield
         dist.barrier()
