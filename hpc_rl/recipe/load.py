@@ -207,9 +207,13 @@ def _localise(recipe: Recipe, source: Source) -> None:
     recipe.model.path = absolute(recipe.model.path, ("model", "path"))
     if recipe.model.tokenizer is not None:
         recipe.model.tokenizer = absolute(recipe.model.tokenizer, ("model", "tokenizer"))
-    recipe.data.train.path = absolute(recipe.data.train.path, ("data", "train", "path"))
-    if recipe.data.eval is not None:
-        recipe.data.eval.path = absolute(recipe.data.eval.path, ("data", "eval", "path"))
+    if recipe.model.lora is not None and recipe.model.lora.adapter is not None:
+        recipe.model.lora.adapter = absolute(recipe.model.lora.adapter, ("model", "lora", "adapter"))
+    for which, spec in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        if spec is not None:
+            spec.path = absolute(spec.path, ("data", which, "path"))
+            if spec.media_path is not None:
+                spec.media_path = absolute(spec.media_path, ("data", which, "media_path"), always=True)
     if recipe.cluster.template is not None:
         recipe.cluster.template = absolute(recipe.cluster.template, ("cluster", "template"))
     site = recipe.cluster.site

@@ -146,11 +146,15 @@ def test_local_paths_are_relative_to_the_file_and_overrides_to_the_working_folde
 ) -> None:
     (tmp_path / "sub" / "model").mkdir(parents=True)
     (tmp_path / "sub" / "r.yaml").write_text("extends: ../small.yaml\nmodel: {path: model}\n")
-    loaded = load_recipe("sub/r.yaml", ["data.eval.path=./held_out.jsonl"])
+    words = ["data.eval={path: ./held_out.jsonl, media_path: pictures}", "model.lora={adapter: ./adapter}"]
+    loaded = load_recipe("sub/r.yaml", words)
     assert loaded.recipe.model.path == str(tmp_path / "sub" / "model")
+    assert loaded.recipe.model.lora is not None
+    assert loaded.recipe.model.lora.adapter == str(tmp_path / "adapter")
     assert loaded.recipe.data.train.path == str(tmp_path / "rows.jsonl")
     assert loaded.recipe.data.eval is not None
     assert loaded.recipe.data.eval.path == str(tmp_path / "held_out.jsonl")
+    assert loaded.recipe.data.eval.media_path == str(tmp_path / "pictures")  # a folder, there or not
     assert load_recipe("small.yaml").recipe.model.path == "org/model"  # a name on the Hub
 
 

@@ -10,7 +10,7 @@ from hpc_rl.recipe.cosmos.draft import Draft
 
 _CKPT = "train.ckpt"
 _NO_NAMES = ("", ".", "..", "output", "outputs", "results", "runs")
-_AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
+_AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 
 
 def translate_checkpoints(draft: Draft) -> None:
@@ -76,6 +76,7 @@ def _uploads(draft: Draft) -> None:
     draft.put("checkpoint.upload_s3.prefix", draft.get(f"{_CKPT}.s3_prefix"), f"{_CKPT}.s3_prefix")
     draft.put("checkpoint.upload_s3.what", what, key, note=note)
     _secrets(draft, *_AWS)
+    draft.notes.append("cluster.secrets: add AWS_ENDPOINT_URL where the bucket is not Amazon's")
 
 
 def _secrets(draft: Draft, *names: str) -> None:
