@@ -17,9 +17,11 @@ from hpc_rl.cli._role_lines import RoleLine, role_lines
 from hpc_rl.cli._tail import last_lines
 from hpc_rl.cluster.local.start import local_state
 from hpc_rl.run.attempts import Attempt, JobRecord, latest_job, read_attempts
+from hpc_rl.run.best import read_best
 from hpc_rl.run.events import first_cause, lost_cause, read_events
 from hpc_rl.run.lock import live_holder
 from hpc_rl.run.paths import RunDir
+from hpc_rl.telemetry.console import eta_of_rows
 from hpc_rl.telemetry.metrics import latest, surviving, tail_rows
 from hpc_rl.telemetry.wandb import read_link
 
@@ -42,7 +44,9 @@ class RunStatus:
     reason: str = ""
     placement: str = ""
     submitted: float | None = None
+    eta_s: float | None = None  # until the last step, while it runs
     checkpoint: int | None = None
+    best: dict[str, Any] | None = None  # step, metric and value of the best checkpoint by validation
     checkpoint_problem: str | None = None  # saves that failed since the last good one, damaged checkpoints
     wandb: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -71,19 +75,23 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
     state, reason = judge(job, attempts, view, alive=alive, cancel_asked=asked)
     rows = surviving(tail_rows(run.metrics, 50))
     number = attempts[-1].attempt if attempts else 0
+    total = total_steps(run, events, since=job.submitted if job else 0.0)
+    best = read_best(run)
     return RunStatus(
         run=run.recorded_name(),
         run_dir=str(run.root),
         job_id=job.job_id if job else None,
         state=state,
         step=rows[-1]["step"] if rows else run.latest_complete(),
-        total_steps=total_steps(run, events, since=job.submitted if job else 0.0),
+        total_steps=total,
         attempt=number,
         first_cause=_cause(run, attempts, state, view),
         reason=reason,
         placement=job.placement if job else "",
         submitted=job.submitted if job else None,
+        eta_s=eta_of_rows(rows, total) if state == "RUNNING" else None,
         checkpoint=run.latest_complete(),
+        best=asdict(best) if best is not None else None,
         checkpoint_problem=checkpoint_problem(events, number),
         wandb=read_link(run.wandb),
         metrics=latest(rows),

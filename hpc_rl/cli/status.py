@@ -37,15 +37,18 @@ def status(
 def describe(answer: RunStatus) -> str:
     """The status as text."""
     from hpc_rl.cli._console import ago, table
+    from hpc_rl.run.best import Best
     from hpc_rl.telemetry.console import number, step_name
 
     facts: list[tuple[str, object]] = [("run", answer.run), ("run dir", answer.run_dir)]
     facts.append(("job", f"{answer.job_id or '-'} ({answer.placement or 'not submitted'})"))
     facts.append(("state", answer.state + (f" ({answer.reason})" if answer.reason else "")))
-    facts.append(("step", step_name(answer.step or 0, answer.total_steps)))
+    facts.append(("step", step_name(answer.step or 0, answer.total_steps) + progress(answer)))
     facts.append(("attempt", answer.attempt))
     if answer.checkpoint is not None:
         facts.append(("checkpoint", f"step {answer.checkpoint}"))
+    if answer.best is not None:
+        facts.append(("best", Best(**answer.best)))
     if answer.checkpoint_problem:
         facts.append(("WARNING", answer.checkpoint_problem))
     if answer.first_cause:
@@ -55,7 +58,8 @@ def describe(answer: RunStatus) -> str:
     if answer.wandb:
         facts.append(("W&B", answer.wandb))
     facts.append(("logs", answer.logs))
-    shown = ("train/loss", "rollout/reward_mean", "eval/accuracy", "rollout/staleness_mean", "time/step_s")
+    shown = ("train/loss", "eval/loss", "rollout/reward_mean", "eval/accuracy", "rollout/staleness_mean",
+             "train/tokens_per_s", "train/mfu", "time/step_s")  # fmt: skip
     values = [f"{name} {number(answer.metrics[name], 4)}" for name in shown if name in answer.metrics]
     if values:
         facts.append(("metrics", ", ".join(values)))
@@ -67,3 +71,13 @@ def describe(answer: RunStatus) -> str:
         rows = [[f"{r.role} {r.index}", r.state, ago(r.since), r.words()] for r in answer.roles]
         lines += ["", table(["role", "phase", "for", ""], rows)]
     return "\n".join(lines)
+
+
+def progress(answer: RunStatus) -> str:
+    """` (40 %, 12m left)`, as far as it is known."""
+    from hpc_rl.telemetry.console import duration
+
+    if not answer.total_steps or answer.state != "RUNNING":
+        return ""
+    share = f"{100 * (answer.step or 0) / answer.total_steps:.0f} %"
+    return f" ({share}, {duration(answer.eta_s)} left)" if answer.eta_s is not None else f" ({share})"

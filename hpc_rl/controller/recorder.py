@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from hpc_rl.telemetry.console import job_comment, step_line
+from hpc_rl.telemetry.console import Pace, job_comment, step_line
 from hpc_rl.telemetry.metrics import MetricsLog, read_metrics
 
 LOG = logging.getLogger("hpc_rl.controller")
@@ -26,6 +26,7 @@ class Recorder:
         self.log = MetricsLog(path, attempt)
         self.total = total
         self._wandb, self._comment = wandb, comment
+        self._pace = Pace()
         self._rows: dict[int, dict[str, float]] = {}
         self._held: set[int] = set()
         self._commented = 0.0
@@ -78,7 +79,7 @@ class Recorder:
             if any(held <= step for held in self._held):
                 return
             row = self.log.append(step, self._rows.pop(step))
-            LOG.info("%s", step_line(row, self.total))
+            LOG.info("%s", step_line(row, self.total, self._pace.step(step, self.total)))
             if self._wandb is not None:
                 self._wandb.log(row)
             self._show(row)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from hpc_rl.bus import messages as m
 from hpc_rl.policy.trainer import Trainer, TrainerContext, make_trainer
 from hpc_rl.roles import RoleProcess
-from hpc_rl.telemetry.console import step_line
+from hpc_rl.telemetry.console import Pace, step_line
 from hpc_rl.weights.protocol import PushResult, Sender, drain
 from hpc_rl.weights.transports import make_sender
 
@@ -44,6 +44,7 @@ class PolicyLoop:
         )
         self.trainer: Trainer = make_trainer(self.context)
         self._sender: Sender | None = None
+        self._pace = Pace()
         self._writing = 0  # on rank 0: checkpoints and exports whose end has not been reported
 
     def run(self) -> None:
@@ -93,7 +94,8 @@ class PolicyLoop:
         self.role.step = message.step
         if self.rank == 0:
             row = {**metrics, "step": message.step, "time/step_s": seconds}
-            self.role.log.info("%s", step_line(row, self.trainer.total_steps or None))
+            total = self.trainer.total_steps or None
+            self.role.log.info("%s", step_line(row, total, self._pace.step(message.step, total)))
             self.role.send(m.StepDone(message.step, seconds, metrics))
 
     def _evaluate(self, message: m.EvalLoss) -> None:

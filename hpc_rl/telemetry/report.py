@@ -14,10 +14,15 @@ from hpc_rl.telemetry.metrics import Row, latest, read_metrics, series, survivin
 CURVES = (
     ("eval/accuracy", "held-out accuracy"),
     ("rollout/reward_mean", "reward"),
+    ("eval/loss", "validation loss"),
     ("train/loss", "loss"),
+    ("train/lr", "learning rate"),
+    ("train/grad_norm", "gradient norm"),
     ("rollout/staleness_mean", "staleness (versions)"),
     ("train/mismatch_mean", "trainer-sampler mismatch"),
     ("rollout/tokens_per_s", "rollout tokens per second"),
+    ("train/tokens_per_s", "trained tokens per second"),
+    ("train/mfu", "model FLOPs utilisation"),
     ("time/step_s", "step time (s)"),
 )
 

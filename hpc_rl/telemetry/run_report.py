@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rl.run.attempts import Attempt, read_attempts
+from hpc_rl.run.best import read_best
 from hpc_rl.run.paths import RunDir
 from hpc_rl.run.settings import load_run
 from hpc_rl.telemetry.report import write_report
@@ -27,6 +28,9 @@ def write_run_report(run: RunDir) -> Path:
         "run directory": run.root,
         "written": _moment(time.time()),
     }
+    best = read_best(run)
+    if best is not None:
+        facts["best checkpoint"] = f"{best}: {run.checkpoint(best.step)}"
     attempts = [_row(attempt) for attempt in read_attempts(run)]
     name = f"{run.recorded_name()}/{run.run_id}"
     return write_report(run.metrics, run.report, name=name, facts=facts, attempts=attempts)

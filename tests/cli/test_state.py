@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hpc_rl.cli._state import checkpoint_problem, judge, run_status
 from hpc_rl.cli.status import describe
 from hpc_rl.cluster.slurm.states import Component, JobState, State
 from hpc_rl.run.attempts import Attempt, JobRecord, close_attempt, open_attempt, record_job
+from hpc_rl.run.best import Best, write_best
 from hpc_rl.run.events import Cause, EventLog, read_events, write_cause
 from hpc_rl.run.paths import RunDir
 from hpc_rl.telemetry.metrics import MetricsLog
@@ -212,3 +214,20 @@ def test_failed_saves_and_damaged_checkpoints_are_in_the_status(run: RunDir) -> 
     assert problem in describe(run_status(run, views={}))
     log.append("checkpoint_complete", step=40, seconds=1.0)
     assert "FAILED" not in (checkpoint_problem(read_events(run), 1) or "")
+
+
+def test_the_best_checkpoint_and_the_progress_are_in_the_status(run: RunDir) -> None:
+    record_job(run, None, "local", pid=os.getpid())
+    open_attempt(run)
+    log = MetricsLog(run.metrics, 1)
+    for step in (1, 2):
+        log.append(step, {"train/loss": 1.0})
+    write_best(run, Best(2, "eval/loss", 1.25))
+    assert run_status(run, views={}).best is None  # its checkpoint is not there
+    run.checkpoint(2).mkdir(parents=True)
+    (run.checkpoint(2) / "COMPLETE").write_text("{}")
+    status = run_status(run, views={})
+    assert status.best == {"step": 2, "metric": "eval/loss", "value": 1.25}
+    assert "best:        step 2 (eval/loss 1.25)" in describe(status)
+    status.state, status.eta_s = "RUNNING", 720.0
+    assert "step:        2/10 (20 %, 12m left)" in describe(status)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.telemetry.console import job_comment, step_line
+from hpc_rl.telemetry.console import duration, eta_of_rows, job_comment, step_line
 from hpc_rl.telemetry.metrics import (
     MetricsError,
     MetricsLog,
@@ -97,5 +97,22 @@ def test_step_line_and_job_comment() -> None:
     }
     assert step_line(row, 500) == "step 95/500 loss 0.1235 reward 0.540 tok/s 2,000 s 1.50"
     assert step_line({"step": 3, "train/loss": 1e-7}) == "step 3 loss 1.0e-07"
+    sft = {"step": 2, "train/loss": 1.0, "train/lr": 1e-5, "train/tokens_per_s": 1500.4, "eval/loss": 2.0}
+    assert step_line(sft, 4, 130.0) == "step 2/4 loss 1.0000 eval 2.0000 lr 1e-05 tok/s 1,500 eta 2m"
     assert job_comment(row, 500) == "95/500 reward=0.540 2000tok/s"
     assert job_comment({"step": 1, "train/loss": 2.0}) == "1 loss=2.0000"
+
+
+def test_the_estimate_is_the_wall_clock_pace_of_the_newest_attempt() -> None:
+    rows = [{"step": s, "time": 100.0 + 2 * s, "attempt": 1} for s in range(1, 5)]
+    assert eta_of_rows(rows, 10) == pytest.approx(12.0)
+    later = [{"step": s, "time": 9000.0 + 5 * s, "attempt": 2} for s in (5, 6)]
+    assert eta_of_rows([*rows, *later], 10) == pytest.approx(20.0)
+    assert eta_of_rows(rows, 4) is None
+    assert eta_of_rows(rows[:1], 10) is None
+    assert eta_of_rows([], 10) is None
+
+
+def test_durations() -> None:
+    found = [duration(s) for s in (5, 89, 90, 3600, 5400, 47.4 * 3600, 50 * 3600)]
+    assert found == ["5s", "89s", "2m", "60m", "1h30m", "47h24m", "2d02h"]
