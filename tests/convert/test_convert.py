@@ -134,6 +134,10 @@ def test_lora(tmp_path: Path) -> None:
     made = converted(tmp_path, keys)
     assert recipe_of(made)["model"]["lora"] == {"r": 8, "alpha": 16.0, "export": "adapter"}
     assert made.of("dropped") == []
+    # the other weights are frozen anyway
+    made = converted(tmp_path, {**keys, "policy.trainable_map": {"model.visual": False}})
+    assert "exclude_modules" in entry(made, "policy.trainable_map").note
+    assert "freeze" not in recipe_of(made)["model"]
     # an empty section is the default adapter of cosmos-rl, whose sizes are not ours
     only_dropout = recipe_of(converted(tmp_path, {"policy.lora.lora_dropout": 0.1}))["model"]["lora"]
     assert only_dropout == {"r": 8, "alpha": 8.0, "dropout": 0.1, "export": "adapter"}

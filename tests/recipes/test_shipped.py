@@ -63,7 +63,7 @@ def test_each_plans_and_renders_without_a_warning(file: Path) -> None:
 
 
 def test_the_list_is_whole() -> None:
-    """Every recipe for SFT is in the table of this test and in that of the README; models are the real ones."""
+    """Every recipe for SFT is in the table of this test and in that of the README, with real models."""
     found = {file.stem: load_recipe(file).recipe for file in FILES}
     sft = {name for name, recipe in found.items() if recipe.kind == "sft"}
     assert sft == set(SFT)

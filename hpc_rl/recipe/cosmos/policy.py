@@ -25,9 +25,10 @@ def translate_model(draft: Draft) -> None:
             "weights and optimizer state are kept in float32, twice the memory of that: raise "
             "policy.parallel.dp_shard or set policy.cpu_offload if they do not fit",
         )
-    _trainable(draft)
     if any(draft.written(f"policy.lora.{name}") for name in SECTIONS["policy.lora"]):
         _lora(draft)
+    else:
+        _trainable(draft)
 
 
 def _lora(draft: Draft) -> None:
@@ -39,6 +40,9 @@ def _lora(draft: Draft) -> None:
             draft.put(f"model.lora.{name}", value, f"policy.lora.{name}")
     if path := draft.get("policy.lora.lora_path"):
         draft.put("model.lora.adapter", path, "policy.lora.lora_path")
+    for name in ("freeze_pattern", "trainable_pattern", "trainable_map"):
+        why = "with adapters only these are trained; model.lora.exclude_modules leaves layers without one"
+        draft.drop(f"policy.{name}", why)
     draft.put("model.lora.export", "adapter")
     draft.notes.append(
         "model.lora.export: adapter, as cosmos-rl exported; `merged` gives a model that loads without PEFT"
