@@ -56,7 +56,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
         warnings += _family_warnings(facts)
         if facts.parameters is not None:
             gpu_gb = site.gpus.memory_gb if any(group.gpus_per_task for group in groups) else None
-            memory = estimate(recipe, facts.parameters, mesh, gpu_gb)
+            memory = estimate(recipe, facts.parameters, mesh, gpu_gb, facts.shapes)
             warnings += memory_warnings(recipe, memory)
     if problems:
         raise RecipeError(problems)
