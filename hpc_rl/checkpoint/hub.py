@@ -1,8 +1,12 @@
-"""The final export as a model repository of the Hugging Face Hub. No torch."""
+"""The final export as a model repository of the Hugging Face Hub. No torch.
+
+`python -m hpc_rl.checkpoint.hub NAME private|public` prints the full name if HF_TOKEN may write there.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +15,8 @@ from typing import Any
 from hpc_rl.checkpoint.s3 import UploadError
 
 TOKEN = "HF_TOKEN"
-# An earlier upload may have had another number of files; what is sent now is not removed.
+EXIT_REFUSED, EXIT_AWAY = 3, 4
+# Files of an earlier upload, which may have had another number of them; what is sent now stays.
 STALE = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -121,3 +126,16 @@ class HubRepo:
             if isinstance(error, UploadError):
                 raise
             raise UploadError(f"cannot reach {self._api.endpoint} to {doing}: {error}") from error
+
+
+def main(name: str, visibility: str) -> int:
+    try:
+        print(HubRepo(name, visibility == "private").prove_access())
+    except UploadError as error:
+        print(error)
+        return EXIT_REFUSED if error.permanent else EXIT_AWAY
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

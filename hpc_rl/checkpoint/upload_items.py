@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 
 from hpc_rl.checkpoint.layout import complete_checkpoints
-from hpc_rl.checkpoint.manifest import COMPLETE, FileEntry, checksum, read_manifest
+from hpc_rl.checkpoint.manifest import FileEntry, checksum, read_manifest, verify
 from hpc_rl.checkpoint.s3 import Location, S3Store, UploadError
 from hpc_rl.run.paths import RunDir
 
@@ -85,17 +85,16 @@ def files_of(run: RunDir, item: str) -> Uploaded:
     try:
         if item.startswith(f"{CHECKPOINTS}/"):
             known = read_manifest(folder).files
+            if problem := verify(folder):
+                raise UploadError(f"{folder}: {problem}", permanent=True)
         files = {}
         for parent, _, names in os.walk(folder):
             for name in names:
                 path = Path(parent, name)
                 relative = str(path.relative_to(folder))
                 entry = known.get(relative)
-                nbytes = path.stat().st_size
-                if entry is None or not entry.xxh3 or relative == COMPLETE:
-                    entry = FileEntry(nbytes, checksum(path))
-                if entry.nbytes != nbytes:
-                    raise UploadError(f"{path} has {nbytes} bytes, {entry.nbytes} were written")
+                if entry is None or not entry.xxh3:
+                    entry = FileEntry(path.stat().st_size, checksum(path))
                 files[relative] = entry
     except FileNotFoundError as error:
         raise UploadError(f"{error.filename} is gone: a newer one superseded it", permanent=True) from error

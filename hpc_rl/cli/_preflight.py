@@ -20,18 +20,30 @@ ROWS_CHECKED = 100
 
 def preflight(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:
     """Everything that was found, errors first. Nothing is written but one short-lived file."""
-    return _sorted(machine_findings(loaded, site, plan, recipe) + data_findings(loaded, site))
+    findings = machine_findings(loaded, site, plan, recipe) + data_findings(loaded, site)
+    return _sorted(findings + upload_findings(loaded))
 
 
 def files_preflight(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:
     """What a dry run looks at: files and folders. Nothing of Slurm and of installed packages, for the job
     may be meant for another machine, and nothing that imports torch (the Hub's data library does)."""
-    return _sorted(file_findings(loaded, site, plan, recipe) + data_findings(loaded, site, light=True))
+    findings = file_findings(loaded, site, plan, recipe) + data_findings(loaded, site, light=True)
+    return _sorted(findings + upload_findings(loaded, light=True))
 
 
 def _sorted(findings: list[Finding]) -> list[Finding]:
     rank = {"error": 0, "warning": 1, "ok": 2}
     return sorted(findings, key=lambda finding: rank[finding.level])
+
+
+def upload_findings(loaded: LoadedRecipe, *, light: bool = False) -> list[Finding]:
+    """The secrets of uploads are named and (unless `light`) may really write."""
+    if loaded.recipe.checkpoint.upload_hub is None and loaded.recipe.checkpoint.upload_s3 is None:
+        return []
+    from hpc_rl.checkpoint.upload_check import access_findings, secret_findings
+
+    findings = secret_findings(loaded)
+    return findings if light or findings else access_findings(loaded, os.environ)
 
 
 def require(findings: list[Finding]) -> None:

@@ -24,6 +24,7 @@ _TYPES = (
     ("hpc_rl.models.base", "ModelError"),
     ("hpc_rl.checkpoint.export", "ExportError"),
     ("hpc_rl.checkpoint.loader", "CheckpointError"),
+    ("hpc_rl.checkpoint.s3", "UploadError"),
 )
 
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("logs", "Show the logs of a run."),
     "cancel": ("cancel", "End a run, at once or after a checkpoint."),
     "export": ("export", "Write a checkpoint as safetensors."),
+    "upload": ("upload", "Store checkpoints and exports in S3 or on the Hub."),
     "clean": ("clean", "Remove what a run no longer needs."),
     "convert": ("convert", "Turn a cosmos-rl configuration into a recipe."),
     "site": ("site", "Draft and list site profiles."),

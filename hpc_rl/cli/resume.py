@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def resume(
-    run: str = typer.Argument(..., help="Run directory, recipe name (its latest run) or Slurm job id."),
+    run: str = typer.Argument(
+        ..., help="Run directory, recipe name (its latest run), Slurm job id, or s3://bucket/prefix/run."
+    ),
     overrides: list[str] = typer.Argument(
         None, metavar="[a.b=value]...", help="Keys that may change, see below."
     ),
@@ -28,12 +30,14 @@ def resume(
     Only its directory is needed: not the recipe file, not the plugins it came from, not the site profile.
     Where and how long it runs may change (cluster.*, policy.steps, rollout.replicas, checkpoint.*, eval.*,
     logging.*, …); what defines its numbers may not (seed, model, data, batch, algorithm). The whole table is
-    in docs/cli.md, and printed when a key may not change.
+    in docs/cli.md, and printed when a key may not change. A run that was uploaded to S3 is downloaded first,
+    into its output_root or the one that is given.
 
     \b
     Example:
       hpc-rl resume gsm8k-grpo
       hpc-rl resume runs/gsm8k-grpo/20260101-120000-ab12 cluster.time=24:00:00 policy.steps=1000
+      hpc-rl resume s3://my-bucket/runs/gsm8k-grpo output_root=/scratch/me/runs cluster.site=other
     """
     from hpc_rl.cli._checks import require_checks
     from hpc_rl.cli._prepare import write_settings
@@ -42,10 +46,10 @@ def resume(
     from hpc_rl.cli.submit import tell
     from hpc_rl.run.index import find_run
 
-    found = find_run(run)
+    changed = list(overrides or [])
+    found = downloaded(run, changed) if run.startswith("s3://") else find_run(run)
     status = run_status(found, live=False)
     refuse_live(found, status)
-    changed = list(overrides or [])
     if here:
         changed.append(f"cluster.placement={allocation_placement()}")
     prepared, differences = prepare_resume(found, changed, here=here)
@@ -62,6 +66,24 @@ def resume(
         from hpc_rl.cli._follow import follow as follow_run
 
         raise typer.Exit(follow_run(found))
+
+
+def downloaded(url: str, overrides: list[str]) -> RunDir:
+    """The run of `url`, downloaded to its output_root, or to that of `overrides` (which is taken out)."""
+    from pathlib import Path
+
+    from hpc_rl.checkpoint.download import download_run
+    from hpc_rl.checkpoint.s3 import Location
+    from hpc_rl.cli._console import note
+    from hpc_rl.run.index import remember
+
+    roots = [word for word in overrides if word.startswith("output_root=")]
+    for word in roots:
+        overrides.remove(word)
+    root = Path(roots[-1].partition("=")[2]) if roots else None
+    run = download_run(Location.parse(url), root, note)
+    remember(run)
+    return run
 
 
 def refuse_live(run: RunDir, status: RunStatus) -> None:
