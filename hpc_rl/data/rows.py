@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -113,14 +114,16 @@ class _JsonLines:
                     offset += len(line)
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 4)
         self._files: dict[int, BinaryIO] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, offset, size, line_number = (int(x) for x in self._spans[index])
-        if number not in self._files:
-            self._files[number] = self._paths[number].open("rb")
+        with self._lock:  # rows are read by several threads
+            if number not in self._files:
+                self._files[number] = self._paths[number].open("rb")
         raw = os.pread(self._files[number].fileno(), size, offset)
         where = f"{self._paths[number]}:{line_number}"
         try:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_rl.data.packing import PackingError, pack, pack_fixed
+from hpc_rl.data.packing import PackingError, best_fit, pack, pack_fixed
+from hpc_rl.data.token_batches import TokenBatcher
 
 LENGTHS = st.lists(st.integers(1, 120), max_size=80)
 
@@ -55,3 +56,48 @@ def test_overlong_sequences_get_their_own_forward_or_an_error() -> None:
         pack([9, 2, 2], 4, 1, overlong="error")
     with pytest.raises(ValueError, match="length 0"):
         pack([0], 4, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 100))
+def test_best_fit_is_the_textbooks(lengths: list[int], capacity: int) -> None:
+    """Each sequence, longest first, into the fullest bin that holds it: the plain loop of the definition."""
+    bins: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rooms = [capacity - sum(lengths[i] for i in one) for one in bins]
+        fitting = [room for room in rooms if room >= lengths[index]]
+        if fitting:
+            bins[rooms.index(min(fitting))].append(index)
+        else:
+            bins.append([index])
+    found = best_fit(lengths, capacity)
+    assert sorted(i for one in found for i in one) == list(range(len(lengths)))
+    assert len(found) == len(bins)
+    assert sorted(sum(lengths[i] for i in one) for one in found) == sorted(
+        sum(lengths[i] for i in one) for one in bins
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 120), min_size=1, max_size=300), st.integers(1, 3))
+def test_streamed_batches_lose_nothing_and_nobody_is_overtaken_for_ever(
+    lengths: list[int], rows: int
+) -> None:
+    """A sequence leaves at the latest when all that waited before it have: each step takes the oldest."""
+    batcher, step, taken, arrived = TokenBatcher(100 * rows, 100), 0, [], {}
+    coming = list(enumerate(lengths))
+    while True:
+        while batcher.hungry and coming:
+            number, length = coming.pop(0)
+            arrived[number] = (step, len(batcher.waiting))
+            batcher.add((number, 0), length)
+        found = batcher.take()
+        if not found:
+            break
+        step += 1
+        for row in found:
+            assert len(row) == 1 or sum(lengths[number] for number, _ in row) <= 100
+            for number, _ in row:
+                taken.append(number)
+                assert step - arrived[number][0] <= arrived[number][1] + 1
+    assert sorted(taken) == list(range(len(lengths)))
