@@ -12,6 +12,7 @@ import pytest
 
 from hpc_rl.recipe.cosmos.keys import KEYS
 from hpc_rl.recipe.messages import keys_at
+from hpc_rl.recipe.old_names import RENAMED
 from hpc_rl.recipe.schema import Recipe
 from tests.convert.helpers import BASE, at, converted, entry, recipe_of
 from tests.convert.schema_keys import LLAVA, ROWS
@@ -112,3 +113,24 @@ def test_what_a_file_does_not_say_and_we_would_do_otherwise_is_written_out(tmp_p
     # what is our default too is neither written nor listed
     assert "train.optm_weight_decay" not in said
     assert "weight_decay" not in made.text
+
+
+# These are names of a recipe too, or of a place in it that the error shows anyway.
+SAME_NAMES = {
+    "r", "seed", "revision", "split", "subset", "name", "path", "type", "enable", "target_modules", "fps",
+    "use_rslora", "modules_to_save", "alpha_pattern", "r_pattern", "media_path", "max_frames", "min_pixels",
+    "max_pixels", "warmup_steps", "upload_s3",
+}  # fmt: skip
+# Parts of what one section says here.
+PARTS = {"do_profile", "active_steps", "wait_steps", "rank_filter", "profile_memory", "enable_profiler"}
+PARTS |= {"enable_dp_load_balancing", "load_balanced_batches_per_optimizer_step"}
+
+
+@pytest.mark.parametrize("name", sorted({key.rpartition(".")[2] for key, row in KEYS.items() if row.to}))
+def test_a_mapped_name_in_a_recipe_is_an_error_that_gives_the_new_one(name: str) -> None:
+    """Who types an old name into a recipe is told a key that `convert` would have written."""
+    if name in SAME_NAMES | PARTS:
+        assert name not in RENAMED
+        return
+    targets = {to for key, row in KEYS.items() if key.rpartition(".")[2] == name for to in row.to}
+    assert any(to in RENAMED[name] or RENAMED[name].split(" ")[0] in to for to in targets)
