@@ -202,7 +202,14 @@ def _localise(recipe: Recipe, source: Source) -> None:
         candidate = Path(os.path.expanduser(value))
         local = always or value.startswith((".", "/", "~")) or value.endswith(_DATA_SUFFIXES)
         target = candidate if candidate.is_absolute() else folder / candidate
-        return str(target.resolve()) if local or target.exists() else value
+        try:
+            return str(target.resolve()) if local or target.exists() else value
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ):  # too long, NUL in it, links in a circle: no file has this
+            return value  # name; who opens it says so
 
     recipe.model.path = absolute(recipe.model.path, ("model", "path"))
     if recipe.model.tokenizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -156,6 +157,13 @@ def test_local_paths_are_relative_to_the_file_and_overrides_to_the_working_folde
     assert loaded.recipe.data.eval.path == str(tmp_path / "held_out.jsonl")
     assert loaded.recipe.data.eval.media_path == str(tmp_path / "pictures")  # a folder, there or not
     assert load_recipe("small.yaml").recipe.model.path == "org/model"  # a name on the Hub
+
+
+@pytest.mark.parametrize("value", ["a" * 5000, "./" + "a" * 300, "/no\x00where"])
+def test_a_text_that_cannot_be_a_path_is_left_to_who_opens_it(write: Write, value: str) -> None:
+    text = json.dumps(value)
+    words = [f"model.path={text}", f"data.train.path={text}", f"data.train.media_path={text}"]
+    assert load_recipe("small.yaml", words).recipe.data.train.media_path is not None
 
 
 @pytest.mark.parametrize("file", sorted(share_dir("recipes").glob("*.yaml")), ids=lambda file: file.stem)
