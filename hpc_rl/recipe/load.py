@@ -204,12 +204,9 @@ def _localise(recipe: Recipe, source: Source) -> None:
         target = candidate if candidate.is_absolute() else folder / candidate
         try:
             return str(target.resolve()) if local or target.exists() else value
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ):  # too long, NUL in it, links in a circle: no file has this
-            return value  # name; who opens it says so
+        except (OSError, ValueError, RuntimeError):
+            # Too long, a NUL in it, links in a circle: no file has this name, and who opens it says so.
+            return value
 
     recipe.model.path = absolute(recipe.model.path, ("model", "path"))
     if recipe.model.tokenizer is not None:
