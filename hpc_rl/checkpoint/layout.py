@@ -85,9 +85,13 @@ def reject(folder: Path, reason: str) -> None:
 
 # --- making room -----------------------------------------------------------------------------------------
 def claim(folder: Path) -> None:
-    """Make way for a new save at `folder`. What lies there (partial, or bad) is moved aside, and goes when
-    the new one is complete: a writer of an earlier attempt that is still at it writes into the old folder."""
+    """Make way for a new save at `folder`, by rename: a writer of an earlier attempt that is still at it
+    writes into the old folder. What is partial goes with the next `sweep`; what is complete (it was found
+    bad) is moved aside, and goes when the new one is complete."""
     if not folder.exists():
+        return
+    if not (folder / COMPLETE).exists():
+        take(folder)
         return
     number = 1
     while (aside := folder.with_name(f".aside-{folder.name}-{number}")).exists():
@@ -165,7 +169,6 @@ def clear_dead(checkpoints: Path, writing: Collection[int]) -> list[Path]:
     never be restored, and it may be just what keeps every later save from having room.
     """
     dead = [folder for folder in partial_checkpoints(checkpoints) if step_of(folder) not in writing]
-    dead += [folder for _, folder in _asides(checkpoints) if not (folder / COMPLETE).is_file()]
     for folder in dead:
         take(folder)
     return dead

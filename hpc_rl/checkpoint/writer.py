@@ -28,6 +28,7 @@ import xxhash
 CHUNK = 8 << 20
 PACE = 64 << 20  # where direct writes are not possible: dirty pages are kept below this
 PAGE = 4096
+RESERVE = 16 << 20  # left free for metrics, events and logs
 
 
 class Request(msgspec.Struct):
@@ -149,6 +150,18 @@ def _put_chunk(handle: int, block: memoryview, at: int, direct: bool) -> bool:
     return direct
 
 
+def _require_room(folder: int, nbytes: int, name: str) -> None:
+    """A file that cannot fit is not begun: a disk that is full to the last byte stops others, too.
+
+    (Quotas do not show here; the write itself finds them.)
+    """
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    if free < nbytes + RESERVE:
+        words = f"{os.strerror(errno.ENOSPC)}: {nbytes / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free"
+        raise OSError(errno.ENOSPC, words, name)
+
+
 class Writer:
     """Serves one trainer. `parent` is its process id."""
 
@@ -182,6 +195,7 @@ class Writer:
             report = Report(request.file, request.nbytes, digest=request.digest, pieces=self._layout)
             note = ""
             if request.nbytes:
+                _require_room(folder, request.nbytes, request.folder)
                 data = memoryview(self._map(request.nbytes))
                 if request.stage is not None:
                     report.xxh3, note = self._through(Path(request.stage), folder, request, data)
@@ -199,12 +213,9 @@ class Writer:
         read = lambda start, end: data[start:end]  # noqa: E731
         try:
             local.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            room = os.statvfs(local.parent)
-            free = room.f_bavail * room.f_frsize
-            if free < request.nbytes + PACE:
-                raise OSError(errno.ENOSPC, f"{free >> 20} MiB free, {request.nbytes >> 20} needed")
             near = os.open(local.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
+                _require_room(near, request.nbytes, str(local.parent))
                 put(near, local.name, read, request.nbytes, self._alive)
             finally:
                 os.close(near)

@@ -71,5 +71,8 @@ class BestCheckpoint:
         return self._expected | {found.step for found in (self.best, self.candidate) if found is not None}
 
     def _record(self, best: Best | None) -> None:
-        write_best(self.run, best)
+        try:
+            write_best(self.run, best)
+        except OSError as error:  # a full disk: the checkpoint is there and stays, only its record is not
+            LOG.error("the best checkpoint (%s) could not be recorded: %s", best, error)
         self.best = best

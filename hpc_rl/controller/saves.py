@@ -103,6 +103,7 @@ class Saves:
             return
         self._command(SaveCheckpoint(step, sync=self.options.mode == "sync"))
         self._saving[step] = now
+        self._sweep()
         if self.options.export == "all" and self._last_tries <= 1:
             self.export(step, folder.name)
 

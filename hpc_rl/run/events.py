@@ -54,11 +54,11 @@ class EventLog:
     """Appends to events.jsonl; every entry has `time`, `kind` and `attempt`."""
 
     def __init__(self, run: RunDir, attempt: int) -> None:
-        self._path = run.events
+        self._file = jsonl.Appender(run.events)
         self._attempt = attempt
 
     def append(self, kind: str, **fields: Any) -> None:
-        jsonl.append(self._path, {"time": time.time(), "kind": kind, "attempt": self._attempt, **fields})
+        self._file.append({"time": time.time(), "kind": kind, "attempt": self._attempt, **fields})
 
     def failure(self, role: str, cause: str, *, index: int = 0, **fields: Any) -> None:
         """An event that `first_cause` considers."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -10,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rl.run.paths import RunError
+
+LOG = logging.getLogger("hpc_rl.run")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+KEPT_AT_MOST = 10_000
 
 
 def _plain(value: Any) -> Any:
@@ -29,22 +35,47 @@ def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(_plain(entry), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def append(path: Path, *entries: dict[str, Any], sync: bool = True) -> None:
+def append(path: Path, *entries: dict[str, Any], sync: bool = True, mode: int = 0o600) -> None:
     """Append `entries`, one line each, in one write; `sync` waits until they are on disk.
 
-    A line torn by an earlier crash is ended first, so that it cannot swallow the new one.
+    A line torn by an earlier crash is ended first, so that it cannot swallow the new one. Raises OSError.
     """
     data = b"".join(_line(entry) for entry in entries)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
     try:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             data = b"\n" + data
-        os.write(handle, data)
+        if os.write(handle, data) != len(data):  # cut short by a disk that is full now
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if sync:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class Appender:
+    """One process's appends to one file. A full disk does not end a run that could go on: what does not
+    fit is kept, and written before the next entries as soon as there is room."""
+
+    def __init__(self, path: Path, *, sync: bool = True, mode: int = 0o600) -> None:
+        self.path, self._sync, self._mode = path, sync, mode
+        self._kept: list[dict[str, Any]] = []
+
+    def append(self, *entries: dict[str, Any]) -> None:
+        """Raises OSError, but not for want of room."""
+        kept, self._kept = self._kept, [*self._kept, *entries]
+        while self._kept:
+            try:  # one by one: a write that is cut short must not leave whole lines that are written again
+                append(self.path, self._kept[0], sync=self._sync, mode=self._mode)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                if not kept:
+                    LOG.error("%s: %s; entries wait in memory for room", self.path, error.strerror)
+                self._kept = self._kept[-KEPT_AT_MOST:]
+                return
+            self._kept = self._kept[1:]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ class PromptLedger:
 
     def __init__(self, run: RunDir, attempt: int) -> None:
         self._path = run.ledger / "prompts.jsonl"
+        self._file = jsonl.Appender(self._path)
         self._attempt = attempt
 
     def append(
@@ -35,7 +36,7 @@ class PromptLedger:
             "dropped": {str(ordinal): reason for ordinal, reason in (dropped or {}).items()},
             **fields,
         }
-        jsonl.append(self._path, entry)
+        self._file.append(entry)
 
     def roll_back(self, step: int) -> int:
         """Move the lines after the restored `step` to ledger/prompts_rolled_back.jsonl; how many."""

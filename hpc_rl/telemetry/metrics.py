@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpc_rl.run.jsonl import Appender
+
 Row = dict[str, Any]
 RESERVED = ("step", "time", "attempt")
 
@@ -57,11 +59,12 @@ class MetricsLog:
     def __init__(self, path: Path | str, attempt: int) -> None:
         self.path = Path(path)
         self.attempt = attempt
+        self._file = Appender(self.path, sync=False, mode=0o666)
 
     def append(self, step: int, values: Mapping[str, float]) -> Row:
         """Write the row of `step` and return it. Raises MetricsError for a bad name or value."""
         row = make_row(step, self.attempt, values)
-        _append_line(self.path, json.dumps(row))
+        self._file.append(row)
         return row
 
     def roll_back(self, step: int) -> int:
@@ -83,16 +86,6 @@ class MetricsLog:
             os.fsync(file.fileno())
         fresh.replace(self.path)
         return len(gone)
-
-
-def _append_line(path: Path, line: str) -> None:
-    with path.open("ab+") as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a torn line of an attempt that was killed while writing
-                file.write(b"\n")
-        file.write(line.encode("utf-8") + b"\n")
-        file.flush()
 
 
 def parse_lines(lines: Iterable[str]) -> list[Row]:
