@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpc_rl.policy.optimizer import clip_gradients, create_state, learning_rate, make_optimizer
+from hpc_rl.policy.optimizer import (
+    OptimizerError,
+    clip_gradients,
+    create_state,
+    learning_rate,
+    make_optimizer,
+    schedule_factor,
+    set_rates,
+)
 from hpc_rl.recipe.schema import Optimizer
 
 pytestmark = pytest.mark.torch
@@ -25,6 +33,95 @@ def test_schedules() -> None:
         for name in ("linear", "cosine")
         for a, b in zip(rates[name][3:], rates[name][4:], strict=False)
     )
+
+
+def test_falling_schedules_end_at_the_floor() -> None:
+    for name in ("linear", "cosine"):
+        options = Optimizer(lr=1.0, min_lr=0.1, schedule=name)
+        rates = [learning_rate(options, step, 1000) for step in range(1, 1001)]
+        assert rates[0] == 1.0
+        assert 0.1 <= rates[-1] < 0.101
+        assert rates == sorted(rates, reverse=True)
+    halfway = learning_rate(Optimizer(lr=1.0, min_lr=0.1, schedule="cosine"), 501, 1000)
+    assert halfway == pytest.approx(0.55)
+
+
+def test_wsd_is_constant_and_then_falls_over_the_last_steps() -> None:
+    options = Optimizer(lr=1.0, min_lr=0.2, schedule="wsd", warmup_steps=2, decay_steps=3)
+    rates = [learning_rate(options, step, 10) for step in range(1, 11)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4])
+    tenth = [learning_rate(Optimizer(lr=1.0, schedule="wsd"), step, 50) for step in range(1, 51)]
+    assert tenth[44] == 1.0
+    assert tenth[45:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_a_warmup_ratio_is_of_all_steps() -> None:
+    options = Optimizer(lr=1.0, warmup_ratio=0.1)
+    assert [learning_rate(options, step, 40) for step in range(1, 6)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1]
+    )
+
+
+class Tower(torch.nn.Module):
+    """Names as a VLM has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)})
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
+        self.norm = torch.nn.LayerNorm(4)
+
+
+def groups_of(module: torch.nn.Module, **options: object) -> dict[str, tuple[float, float]]:
+    """name -> (learning rate, weight decay)"""
+    optimizer = make_optimizer(module, Optimizer.model_validate({"lr": 1.0, "weight_decay": 0.5, **options}))
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(found) == sum(len(g["params"]) for g in optimizer.param_groups)
+    return found
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    groups = [
+        {"match": r"visual\.proj", "lr": 0.1},
+        {"match": "visual|norm", "lr": 0.2, "weight_decay": 0.3},
+    ]
+    assert groups_of(Tower(), groups=groups) == {
+        "visual.proj.weight": (0.1, 0.5),
+        "visual.proj.bias": (0.1, 0.0),  # vectors do not decay
+        "visual.norm.weight": (0.2, 0.3),  # unless their group says so
+        "visual.norm.bias": (0.2, 0.3),
+        "layers.0.weight": (1.0, 0.5),
+        "layers.0.bias": (1.0, 0.0),
+        "layers.1.weight": (1.0, 0.5),
+        "layers.1.bias": (1.0, 0.0),
+        "norm.weight": (0.2, 0.3),
+        "norm.bias": (0.2, 0.3),
+    }
+
+
+def test_the_schedule_scales_every_group() -> None:
+    options = Optimizer(lr=1.0, schedule="linear", groups=[{"match": "visual", "lr": 0.1}])
+    optimizer = make_optimizer(Tower(), options)
+    set_rates(optimizer, schedule_factor(options, 6, 10))
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.05, 0.5])
+
+
+def test_frozen_parameters_are_left_out_and_patterns_without_effect_are_errors() -> None:
+    module = Tower()
+    module.visual.requires_grad_(False)
+    assert not any(name.startswith("visual") for name in groups_of(module))
+    with pytest.raises(OptimizerError, match=r"groups\[0\].match 'visual' matches only frozen parameters"):
+        groups_of(module, groups=[{"match": "visual", "lr": 0.1}])
+    with pytest.raises(
+        OptimizerError, match=r"groups\[0\].match 'vison' matches no parameter \(the first is 'l"
+    ):
+        groups_of(module, groups=[{"match": "vison", "lr": 0.1}])
+    with pytest.raises(OptimizerError, match=r"groups\[1\].match 'norm': earlier groups match all of its 2"):
+        groups_of(module, groups=[{"match": "n", "lr": 0.1}, {"match": "norm", "lr": 0.2}])
+    module.requires_grad_(False)
+    with pytest.raises(OptimizerError, match="no parameter is trained"):
+        groups_of(module)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 100.0])

@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hpc_rl.bus.messages import TrainStep
 from hpc_rl.bus.server import RedisServer
-from hpc_rl.checkpoint.layout import write_complete
 from hpc_rl.data.rows import load_rows
 from hpc_rl.models.hf.folder import load_tokenizer
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
@@ -18,30 +16,12 @@ from hpc_rl.policy.sft_data import SftData
 from hpc_rl.policy.sft_rows import row_source
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
+from tests.policy.sft_runs import SGD, parameters, save, train
 from tests.ranks import run_ranks
 from tests.training import make_context, make_plan, make_recipe, make_run
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
-# Where numerics are compared: Adam's first steps divide rounding noise by itself.
-SGD = {"name": "sgd", "lr": 0.3, "clip_norm": 1.0, "weight_decay": 0.0}
-
-
-def train(trainer: Fsdp2Trainer, first: int, last: int) -> list[float]:
-    return [trainer.train_step(TrainStep(step))["train/loss"] for step in range(first, last + 1)]
-
-
-def save(trainer: Fsdp2Trainer, run: RunDir, step: int) -> None:
-    trainer.stage_checkpoint(step, run.checkpoint(step) / "policy", sync=True)
-    results = list(trainer.poll())
-    if trainer.rank == 0:
-        assert [(r.step, r.error) for r in results] == [(step, "")]
-        write_complete(run.checkpoint(step))
-
-
-def parameters(trainer: Fsdp2Trainer) -> dict[str, torch.Tensor]:
-    full = {n: p.detach() for n, p in trainer.model.module.named_parameters()}
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for n, p in full.items()}
 
 
 def whole_run(folder: Path, recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:

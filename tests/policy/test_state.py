@@ -10,9 +10,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from hpc_rl.checkpoint.loader import CheckpointError
+from hpc_rl.policy.ema import WeightAverage
+from hpc_rl.policy.guard import SpikeGuard
 from hpc_rl.policy.optimizer import make_optimizer
 from hpc_rl.policy.state import TrainingState
-from hpc_rl.recipe.schema import Optimizer
+from hpc_rl.recipe.schema import Ema, Guard, Optimizer
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
@@ -61,3 +63,35 @@ def test_a_checkpoint_without_any_optimizer_state_is_refused(tmp_path: Path) -> 
     )
     with pytest.raises(CheckpointError, match=r"lacks 12 tensors: optim\."):
         state_of(*make(1)).restore(tmp_path / "c")
+
+
+def test_optimizer_state_goes_by_name_not_by_group(tmp_path: Path) -> None:
+    module, optimizer = make(0)
+    for part in ("used", "unused"):
+        module[part](torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    dcp.save(state_of(module, optimizer).tensors(), checkpoint_id=tmp_path / "c", no_dist=True)
+    again, _ = make(1)
+    # "unused" first, and what was two groups is four
+    groups = [{"match": "unused", "lr": 0.1}]
+    its_optimizer = make_optimizer(again, Optimizer(lr=0.1, groups=groups))
+    state_of(again, its_optimizer).restore(tmp_path / "c")
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(value, its_optimizer.state[again.get_parameter(name)][key]), (name, key)
+
+
+def test_an_average_and_a_window_that_are_not_in_the_checkpoint_start_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, optimizer = make(0)
+    step(module, optimizer)
+    dcp.save(state_of(module, optimizer).tensors(), checkpoint_id=tmp_path / "c", no_dist=True)
+    again, its_optimizer = make(1)
+    average, guard = WeightAverage(again, Ema(decay=0.9)), SpikeGuard(Guard(spike=2.0, window=4))
+    guard.judge(1.0)
+    TrainingState(again, its_optimizer, average, guard, 0, 0).restore(tmp_path / "c")
+    assert all(torch.equal(average.shadow[name], p) for name, p in module.named_parameters())
+    assert "has no averaged weights" in caplog.text
+    assert "has no losses for policy.guard" in caplog.text
