@@ -21,7 +21,7 @@ from hpc_rl.checkpoint.manifest import FileEntry, checksum
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 PART_BYTES = 64 << 20
-TRIES = 6  # per request, by botocore: with exponential back-off
+TRIES = 4  # per request, by botocore: with exponential back-off
 CONNECT_S, READ_S = 10.0, 60.0
 _DENIED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AllAccessDisabled")
 
@@ -64,7 +64,9 @@ def missing_keys(environ: Mapping[str, str]) -> list[str]:
 class S3Store:
     """The objects under one location. Keys are relative to it. Raises UploadError."""
 
-    def __init__(self, location: Location, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, location: Location, environ: Mapping[str, str] | None = None, tries: int = TRIES
+    ) -> None:
         import boto3
         from boto3.s3.transfer import TransferConfig
         from botocore.config import Config
@@ -86,7 +88,7 @@ class S3Store:
             "s3",
             endpoint_url=self.endpoint,
             config=Config(
-                retries={"total_max_attempts": TRIES, "mode": "standard"},
+                retries={"total_max_attempts": tries, "mode": "standard"},
                 connect_timeout=CONNECT_S,
                 read_timeout=READ_S,
                 s3=style,

@@ -70,7 +70,8 @@ class Uploads:
             done &= self._to_s3(run_location(targets.s3, self.run), items, pauses_s)
         if targets.hub is not None and FINAL in items:
             hub, private = targets.hub, targets.hub_private
-            done &= self._try(f"hub:{hub}", FINAL, partial(self._to_hub, hub, private), pauses_s)
+            error = self._try(f"hub:{hub}", FINAL, partial(self._to_hub, hub, private), pauses_s)
+            done &= error is None
         return done
 
     def _to_s3(self, location: Location, items: Sequence[str], pauses_s: Sequence[float]) -> bool:
@@ -85,7 +86,17 @@ class Uploads:
             result = upload_item(store, self.run, item, LOG.info)
             return {"nbytes": result.nbytes, "sent": result.sent}
 
-        return all([self._try(str(location), item, partial(one, item), pauses_s) for item in items])
+        done = True
+        for number, item in enumerate(items):
+            failure = self._try(str(location), item, partial(one, item), pauses_s)
+            done &= failure is None
+            if (
+                failure is not None and not failure.permanent
+            ):  # the store is away: trying on would take as long
+                for other in items[number + 1 :]:
+                    self._failed(str(location), other, failure)
+                break
+        return done
 
     def _to_hub(self, name: str, private: bool) -> dict[str, object]:
         folder = self.run.root / FINAL
@@ -96,7 +107,8 @@ class Uploads:
 
     def _try(
         self, target: str, item: str, action: Callable[[], dict[str, object]], pauses_s: Sequence[float]
-    ) -> bool:
+    ) -> UploadError | None:
+        """None when it is stored; else what the last try said, which is recorded."""
         began = time.monotonic()
         for pause in (*pauses_s, None):
             try:
@@ -104,14 +116,14 @@ class Uploads:
             except UploadError as error:
                 if error.permanent or pause is None:
                     self._failed(target, item, error)
-                    return False
+                    return error
                 LOG.warning("%s: %s; again in %.0f s", item, mask(str(error), self.secrets), pause)
                 time.sleep(pause)
             else:
                 seconds = round(time.monotonic() - began, 2)
                 self.events.append("uploaded", target=target, item=item, seconds=seconds, **facts)
                 LOG.info("%s is at %s after %.1f s", item, facts.get("url", target), seconds)
-                return True
+                return None
         raise AssertionError("the last try ends the loop")
 
     def _failed(self, target: str, item: str, error: UploadError) -> None:

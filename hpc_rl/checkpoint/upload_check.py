@@ -92,5 +92,5 @@ def _ask_hub(repo: str, private: bool, environ: Mapping[str, str]) -> str:
 
 
 def _ask_s3(location: Location, environ: Mapping[str, str]) -> str:
-    S3Store(location, environ).prove_access(f".hpc-rl-check-{secrets.token_hex(4)}")
+    S3Store(location, environ, tries=2).prove_access(f".hpc-rl-check-{secrets.token_hex(4)}")
     return f"{location} is writable"

@@ -162,7 +162,6 @@ def test_a_failed_upload_is_an_event_and_nothing_more(
     run: RunDir, s3_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
-    monkeypatch.setattr("hpc_rl.checkpoint.s3.TRIES", 1)
     assert not upload_all(run)
     failed = [event for event in read_events(run) if event["kind"] == "upload_failed"]
     assert {event["item"] for event in failed} == {"checkpoints/step_00000020", "safetensors/final"}
