@@ -14,7 +14,8 @@ from typing import Any
 from hpc_rl.run.paths import RunError
 
 LOG = logging.getLogger("hpc_rl.run")
-FULL = (errno.ENOSPC, errno.EDQUOT)
+# A filesystem that is full, or away for a while.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 KEPT_AT_MOST = 10_000
 
 
@@ -55,24 +56,24 @@ def append(path: Path, *entries: dict[str, Any], sync: bool = True, mode: int = 
 
 
 class Appender:
-    """One process's appends to one file. A full disk does not end a run that could go on: what does not
-    fit is kept, and written before the next entries as soon as there is room."""
+    """One process's appends to one file. A full disk does not end a run that could go on: what cannot be
+    written is kept, and written before the next entries as soon as that works."""
 
     def __init__(self, path: Path, *, sync: bool = True, mode: int = 0o600) -> None:
         self.path, self._sync, self._mode = path, sync, mode
         self._kept: list[dict[str, Any]] = []
 
     def append(self, *entries: dict[str, Any]) -> None:
-        """Raises OSError, but not for want of room."""
+        """Raises OSError, but not for one that may pass (`PASSING`)."""
         kept, self._kept = self._kept, [*self._kept, *entries]
         while self._kept:
             try:  # one by one: a write that is cut short must not leave whole lines that are written again
                 append(self.path, self._kept[0], sync=self._sync, mode=self._mode)
             except OSError as error:
-                if error.errno not in FULL:
+                if error.errno not in PASSING:
                     raise
                 if not kept:
-                    LOG.error("%s: %s; entries wait in memory for room", self.path, error.strerror)
+                    LOG.error("%s: %s; entries wait in memory", self.path, error.strerror)
                 self._kept = self._kept[-KEPT_AT_MOST:]
                 return
             self._kept = self._kept[1:]

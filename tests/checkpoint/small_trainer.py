@@ -57,7 +57,6 @@ class SmallTrainer:
     def __init__(self, run: RunDir, attempt: int) -> None:
         self.run, self.state = run, empty_state()
         self.events = EventLog(run, attempt)
-        self.acks = os.open(run.root / "acks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.commands: list[Message] = []
         self.saver = Saver(0, 1, f"{attempt}.1")
         options = Checkpoint(save_every=1, max_keep=2, export="off", keep_best=False)
@@ -92,7 +91,8 @@ class SmallTrainer:
         for result in self.saver.poll():
             self.saves.saved(CheckpointSaved(result.step, result.seconds, result.error))
             if self.saves.last_complete == result.step:
-                os.write(self.acks, f"{result.step}\n".encode())
+                with (self.run.root / "acks").open("a") as acks:
+                    acks.write(f"{result.step}\n")
 
     def finish(self) -> None:
         """Until nothing is being written."""
