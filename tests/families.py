@@ -103,7 +103,9 @@ def _mllama(**changes: Any) -> Any:
 
 def _qwen_vl(cls: Any, vision: dict[str, Any]) -> Callable[..., Any]:
     def make(**changes: Any) -> Any:
-        text = {**TEXT, "rope_parameters": ROPE, **changes}
+        # Qwen3-VL interleaves the three dimensions; Transformers always does, vLLM asks the config.
+        rope = {**ROPE, "mrope_interleaved": cls is T.Qwen3VLConfig}
+        text = {**TEXT, "rope_parameters": rope, **changes}
         return cls(
             text_config=text,
             vision_config={"depth": 2, "num_heads": 2, "patch_size": 7, "temporal_patch_size": 2, **vision},

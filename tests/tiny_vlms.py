@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers as T
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.families import FAMILIES
 from tests.tiny_models import character_tokenizer
@@ -98,8 +99,18 @@ def save_vlm(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
     model = T.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     _wake(model)
     model.save_pretrained(folder)
+    if family in ("gemma3_vlm", "llava"):
+        _name_as_on_the_hub(folder / "model.safetensors")
     processor(family).save_pretrained(folder)
     return folder
+
+
+def _name_as_on_the_hub(file: Path) -> None:
+    """Published checkpoints say `vision_tower.vision_model.`, and so do models that were loaded from one;
+    a model made from its config alone leaves it out, and vLLM does not take that."""
+    tensors = load_file(file)
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): t for name, t in tensors.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -83,18 +83,26 @@ class HfEngine:
         await self._in_thread(self._load)
 
     def _load(self) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from hpc_rl.models.hf.classes import find_class
+        from hpc_rl.models.hf.folder import model_folder
+        from hpc_rl.recipe.schema import Model
 
         options: HfOptions = self.settings.options
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         common = {"revision": self.settings.revision, "trust_remote_code": self.settings.trust_remote_code}
-        self._model = AutoModelForCausalLM.from_pretrained(
-            self.settings.model,
+        folder = model_folder(self.settings.model, self.settings.revision)
+        # The class that is trained, or the names of its weights would not fit.
+        cls, config, _ = find_class(folder, Model(path=str(folder), **common))
+        self._model = cls.from_pretrained(
+            folder,
+            config=config,
             dtype=getattr(torch, self.settings.dtype),
-            attn_implementation=self.settings.attn_implementation or "sdpa",
-            **common,
+            attn_implementation=self.settings.attn_implementation,
+            trust_remote_code=self.settings.trust_remote_code,
         )
         self._model.to(device).eval().requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(
