@@ -90,7 +90,8 @@ class HubRepo:
                 delete_patterns=STALE,
             )
             there = set(self._api.list_repo_files(repo))
-        lost = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - there
+        names = {str(path.relative_to(folder)) for path in folder.rglob("[!.]*") if path.is_file()}
+        lost = names - there
         if lost:
             raise UploadError(f"{repo} lacks {sorted(lost)[0]} after the upload")
         return f"{self._api.endpoint}/{repo}"
@@ -110,8 +111,13 @@ class HubRepo:
     @contextmanager
     def _told(self, doing: str) -> Iterator[None]:
         """The Hub's errors as ours, in words."""
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+        # HTTPError is that of the HTTP library which this version of huggingface_hub uses.
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            HTTPError,  # type: ignore[attr-defined]
+            OfflineModeIsEnabled,
+        )
 
         try:
             yield
@@ -122,7 +128,7 @@ class HubRepo:
             raise UploadError(f"cannot {doing}: {said}{fix}", permanent=400 <= status < 500) from error
         except (HFValidationError, OfflineModeIsEnabled) as error:
             raise UploadError(f"cannot {doing}: {error}", permanent=True) from error
-        except (httpx.HTTPError, OSError, RuntimeError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:
             if isinstance(error, UploadError):
                 raise
             raise UploadError(f"cannot reach {self._api.endpoint} to {doing}: {error}") from error
