@@ -8,22 +8,17 @@ everyone), which puts it together. Every rank works this out alone, from names, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import (
-    _compute_local_shape_and_global_offset,
-    compute_local_shape_and_global_offset,
-)
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
+from hpc_rl.checkpoint.blocks import Block, all_blocks, by_rows, own_blocks
 from hpc_rl.checkpoint.export_files import DTYPES, Entry, Plan, plan_files
 
 
@@ -53,19 +48,10 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Block:
-    """A part of a tensor and the rank that has it: `shape` at `offset`."""
-
-    rank: int
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
 @dataclass
 class UnitLayout:
     """`rows`: name in memory -> name in the files, written in place. `gathered`: the blocks of what goes
-    to `owner`, which makes `made` of it."""
+    to `owner`, which makes `made` of it; none for a tensor that all ranks have whole."""
 
     rows: dict[str, str]
     gathered: dict[str, list[Block]]
@@ -109,10 +95,14 @@ def lay_out(source: Source, rank: int, world_size: int, file_bytes: int) -> Layo
         empty = {n: torch.empty(t.shape, dtype=dtypes[n], device="meta") for n, t in unit.items()}
         results = source.to_file(dict(empty))
         renamed = {id(tensor): name for name, tensor in results.items()}
-        rows = {n: renamed[id(t)] for n, t in empty.items() if id(t) in renamed and _by_rows(unit[n])}
+        rows = {n: renamed[id(t)] for n, t in empty.items() if id(t) in renamed and _in_rows(unit[n])}
         in_place = set(rows.values())
         made = {name: tensor for name, tensor in results.items() if name not in in_place}
-        gathered = {name: blocks(tensor) for name, tensor in unit.items() if name not in rows}
+        gathered = {
+            name: all_blocks(tensor) if isinstance(tensor, DTensor) else []
+            for name, tensor in unit.items()
+            if name not in rows
+        }
         part = UnitLayout(rows, gathered, list(made))
         if made:
             part.owner = _least_loaded(gathered, loads)
@@ -121,8 +111,8 @@ def lay_out(source: Source, rank: int, world_size: int, file_bytes: int) -> Layo
             if part.owner == rank:
                 layout.nbytes, layout.count = layout.nbytes + nbytes, layout.count + len(made)
         for name in rows:
-            if (own := own_rows(unit[name], rank)) is not None:
-                layout.nbytes += prod(own[1]) * dtypes[name].itemsize
+            for block in _own(unit[name], rank):
+                layout.nbytes += prod(block.shape) * dtypes[name].itemsize
                 layout.count += 1
         entries += [_entry(name, tensor) for name, tensor in results.items()]
         layout.units.append(part)
@@ -141,13 +131,10 @@ def parts(source: Source, layout: Layout, rank: int) -> Iterator[Part]:
     for part, unit in zip(layout.units, source.units(), strict=True):
         values = source.current(unit)
         for name, file_name in part.rows.items():
-            own = own_rows(values[name], rank)
-            if own is not None:
-                first, shape = own
-                dtype = layout.dtypes[name]
-                row_bytes = prod(shape[1:]) * dtype.itemsize
-                place = places[file_name]
-                yield Part(place.file, place.start + first * row_bytes, _local(values[name]), dtype)
+            dtype, place, local = layout.dtypes[name], places[file_name], _local(values[name])
+            for block in _own(values[name], rank):
+                first = block.start[0] * prod(block.shape[1:]) * dtype.itemsize if block.start else 0
+                yield Part(place.file, place.start + first, local[block.of_local()], dtype)
         if part.made:
             full = _to_owner({name: values[name] for name in part.gathered}, part, layout.dtypes, rank)
             for file_name, tensor in source.to_file(full).items() if part.owner == rank else ():
@@ -155,53 +142,16 @@ def parts(source: Source, layout: Layout, rank: int) -> Iterator[Part]:
                 yield Part(place.file, place.start, tensor, tensor.dtype)
 
 
-def own_rows(tensor: Tensor, rank: int) -> tuple[int, tuple[int, ...]] | None:
-    """`(first row, shape)` of what this rank writes of a tensor that is whole or sharded by rows.
-
-    None where it has no rows, or where an earlier replica has the same ones.
-    """
-    if not isinstance(tensor, DTensor):
-        return (0, tuple(tensor.shape)) if rank == 0 and tensor.numel() else None
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
-    if _is_copy(tensor, coordinate):
-        return None
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return (offset[0] if offset else 0, tuple(shape)) if prod(shape) else None
+def _own(tensor: Tensor, rank: int) -> list[Block]:
+    """What this rank writes of a tensor that is whole or sharded by rows."""
+    if isinstance(tensor, DTensor):
+        return own_blocks(tensor)
+    start = (0,) * tensor.dim()
+    return [Block(rank, start, start, tuple(tensor.shape))] if rank == 0 and tensor.numel() else []
 
 
-def blocks(tensor: Tensor) -> list[Block]:
-    """The blocks that make up `tensor`, each at its first holder; [] for one that all ranks have whole."""
-    if not isinstance(tensor, DTensor):
-        return []
-    mesh = tensor.device_mesh
-    found = []
-    for coordinate in product(*(range(n) for n in mesh.shape)):
-        if _is_copy(tensor, coordinate):
-            continue
-        shape, offset = _compute_local_shape_and_global_offset(
-            tensor.shape, mesh.shape, list(coordinate), tensor.placements
-        )
-        if prod(shape):
-            found.append(Block(int(mesh.mesh[coordinate]), tuple(offset), tuple(shape)))
-    return found
-
-
-def _is_copy(tensor: DTensor, coordinate: Sequence[int]) -> bool:
-    return any(
-        isinstance(place, Replicate) and at > 0
-        for place, at in zip(tensor.placements, coordinate, strict=True)
-    )
-
-
-def _by_rows(tensor: Tensor) -> bool:
-    """Whether each holder has whole rows, one after the other."""
-    if not isinstance(tensor, DTensor):
-        return True
-    return all(
-        isinstance(place, Replicate) or (isinstance(place, Shard | _StridedShard) and place.dim == 0)
-        for place in tensor.placements
-    )
+def _in_rows(tensor: Tensor) -> bool:
+    return not isinstance(tensor, DTensor) or by_rows(tensor)
 
 
 def _least_loaded(gathered: dict[str, list[Block]], loads: list[int]) -> int:
@@ -226,9 +176,9 @@ def _to_owner(
             full[name] = torch.empty(value.shape, dtype=local.dtype, device=local.device)
         for block in part.gathered[name]:
             if block.rank == rank == part.owner:
-                _block(full[name], block).copy_(local)
+                full[name][block.of_full()].copy_(local[block.of_local()])
             elif block.rank == rank:
-                kept.append(_raw(local.contiguous()))
+                kept.append(_raw(local[block.of_local()].contiguous()))
                 sends.append(dist.P2POp(dist.isend, kept[-1], part.owner))
             elif rank == part.owner:
                 buffer = torch.empty(block.shape, dtype=local.dtype, device=local.device)
@@ -238,17 +188,12 @@ def _to_owner(
         for work in dist.batch_isend_irecv(sends):
             work.wait()
     for name, block, buffer in arriving:
-        _block(full[name], block).copy_(buffer)
+        full[name][block.of_full()].copy_(buffer)
     return full if rank == part.owner else {}
 
 
 def _local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _block(full: Tensor, block: Block) -> Tensor:
-    slices = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-    return full[slices]
 
 
 def _raw(tensor: Tensor) -> Tensor:

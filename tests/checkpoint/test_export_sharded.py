@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_rl.checkpoint import export as module
@@ -133,6 +134,7 @@ def whole() -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator)
 
     names = {"rows": (7, 3), "one_row": (1, 5), "columns": (4, 6), "t.rows": (5, 4), "both": (6, 8)}
+    names |= {"halves": (12, 3), "t.halves": (8, 2), "half_columns": (2, 12)}
     found = {name: random(*shape) for name, shape in names.items()}
     found |= {"copies": random(3, 3), "two_of_rows": random(9, 2), "t.columns": random(4, 5)}
     return found | {"steps": torch.arange(5), "scalar": random(), "odd": torch.tensor([True, False, True])}
@@ -153,6 +155,15 @@ def export_shardings(rank: int, world: int, folder: Path) -> None:
     values = {
         n: distribute_tensor(v, mesh, placements[n]) if n in placements else v for n, v in whole().items()
     }
+    # Fused halves that are split each, as tensor parallelism does with packed projections.
+    half = mesh.get_coordinate()[1]
+    for name, dim in (("halves", 0), ("t.halves", 0), ("half_columns", 1)):
+        pieces = values[name].chunk(4, dim)
+        local = torch.cat([pieces[half], pieces[2 + half]], dim)
+        split = [Replicate(), _StridedShard(dim, split_factor=2)]
+        values[name] = DTensor.from_local(
+            local, mesh, split, shape=values[name].shape, stride=values[name].stride()
+        )
     module.FILE_BYTES = 150
     exporter = Exporter(rank, world, "1.1", 60.0)
     exporter.stage(Sharded(values), Export(folder / "out", folder / "model", None, torch.bfloat16)).join(60.0)
