@@ -29,8 +29,8 @@ def assert_same_bits(one: Run, other: Run, *metrics: str) -> None:
     import torch
 
     for name in metrics:
-        ours = [(row["step"], row[name]) for row in one.metrics()]
-        theirs = [(row["step"], row[name]) for row in other.metrics()]
+        ours = [(row["step"], row[name]) for row in one.metrics() if row["step"]]
+        theirs = [(row["step"], row[name]) for row in other.metrics() if row["step"]]
         assert ours == theirs, name
     left, right = final_weights(one), final_weights(other)
     assert left.keys() == right.keys()
@@ -80,13 +80,28 @@ def test_sft_runs_to_its_end_and_the_export_loads(workspace: Path) -> None:
 
 
 def test_sft_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
-    recipe = tiny.sft_recipe(workspace, policy={"steps": 24})
+    columns = {"format": "prompt_completion", "prompt": "question", "completion": "answer"}
+    optimizer = {"lr": 1e-3, "schedule": "cosine", "min_lr": 1e-5, "groups": [{"match": "norm", "lr": 1e-4}]}
+    recipe = tiny.sft_recipe(
+        workspace,
+        policy={"steps": 24, "ema": {"decay": 0.9}, "optimizer": optimizer, "guard": {"spike": 20.0}},
+        data={"eval": {"path": str(workspace / "eval.jsonl"), **columns}},
+        eval={"every": 3, "before": True},
+    )
     whole = Run.submit(recipe)
-    whole.complete()
+    status = whole.complete()
+    validated = {row["step"]: row["eval/loss"] for row in whole.metrics() if "eval/loss" in row}
+    assert list(validated) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    best = min((step for step in validated if step), key=lambda step: validated[step])
+    assert status["best"] == {"step": best, "metric": "eval/loss", "value": validated[best]}
+    assert (whole.root / "checkpoints" / f"step_{best:08d}" / "COMPLETE").is_file()
     broken = Run.submit(recipe)
     stop_somewhere_and_resume(broken, random.Random(0), last=12)
-    assert broken.complete()["attempt"] == 2
+    status = broken.complete()
+    assert status["attempt"] == 2
+    assert status["best"]["step"] == best
     assert_same_bits(whole, broken, "train/loss", "train/grad_norm")
+    assert {row["step"]: row["eval/loss"] for row in broken.metrics() if "eval/loss" in row} == validated
 
 
 def test_synchronous_rl_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
