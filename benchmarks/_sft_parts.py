@@ -36,13 +36,15 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def save_model(folder: Path) -> int:
-    """Write a random Llama and a tokenizer of the words w2, w3, ...; the number of its parameters."""
+def save_model(folder: Path, config: Any = None, dtype: torch.dtype = torch.float32) -> int:
+    """Write a random model (a small Llama) and a tokenizer of the words w2, w3, ...; its parameters."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config or transformers.LlamaConfig(**LLAMA), dtype=dtype
+    )
     model.save_pretrained(folder)
     words = {"<pad>": PAD, "<eos>": EOS} | {f"w{i}": i for i in range(2, VOCAB)}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -64,14 +66,23 @@ def make_rows(path: Path, lengths: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-def make_trainer(folder: Path, model: Path, rows: Path, **policy: Any) -> Fsdp2Trainer:
-    """Our trainer in this process, without a bus; rows in file order, no weight decay."""
+def make_trainer(
+    folder: Path,
+    model: Path,
+    rows: Path,
+    *,
+    on_gpu: bool = False,
+    attention: str | None = None,
+    **policy: Any,
+) -> Fsdp2Trainer:
+    """Our trainer in this process, without a bus; rows in file order, no weight decay. fp32, on a GPU bf16."""
+    dtype = "bfloat16" if on_gpu else "float32"
     optimizer = {"lr": LEARNING_RATE, "weight_decay": 0.0, "clip_norm": 1.0}
     recipe = Recipe.model_validate(
         {
             "name": "bench",
             "kind": "sft",
-            "model": {"path": str(model), "dtype": "float32"},
+            "model": {"path": str(model), "dtype": dtype, "attn_implementation": attention},
             "data": {"train": {"path": str(rows), "format": "text", "shuffle": False}},
             "policy": {"steps": 100_000, "optimizer": optimizer, **policy},
             "checkpoint": {"enabled": False, "export": "off"},
@@ -79,7 +90,7 @@ def make_trainer(folder: Path, model: Path, rows: Path, **policy: Any) -> Fsdp2T
     )
     group = Group(
         role="policy", component=None, job_name="bench:policy", nodes=1, tasks=1, tasks_per_node=1,
-        cpus_per_task=1, gpus_per_task=0, gpus_per_node=0,
+        cpus_per_task=1, gpus_per_task=int(on_gpu), gpus_per_node=int(on_gpu),
     )  # fmt: skip
     plan = Plan(
         name="bench", kind="sft", placement="local", site="local", time_minutes=5, groups=[group], mesh=Mesh()
