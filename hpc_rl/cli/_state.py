@@ -15,7 +15,7 @@ from typing import Any
 from hpc_rl.cli._jobs import JobState, ask_jobs
 from hpc_rl.cli._role_lines import RoleLine, role_lines
 from hpc_rl.cli._tail import last_lines
-from hpc_rl.cli._uploads import UploadLine, upload_lines
+from hpc_rl.cli._uploads import UploadLine, export_problem, upload_lines
 from hpc_rl.cluster.local.start import local_state
 from hpc_rl.run.attempts import Attempt, JobRecord, latest_job, read_attempts
 from hpc_rl.run.best import read_best
@@ -49,6 +49,7 @@ class RunStatus:
     checkpoint: int | None = None
     best: dict[str, Any] | None = None  # step, metric and value of the best checkpoint by validation
     checkpoint_problem: str | None = None  # saves that failed since the last good one, damaged checkpoints
+    export_problem: str | None = None
     uploads: list[UploadLine] = field(default_factory=list)
     wandb: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +96,7 @@ def run_status(run: RunDir, *, views: Mapping[str, JobState] | None = None, live
         checkpoint=run.latest_complete(),
         best=asdict(best) if best is not None else None,
         checkpoint_problem=checkpoint_problem(events, number),
+        export_problem=export_problem(events),
         uploads=upload_lines(events),
         wandb=read_link(run.wandb),
         metrics=latest(rows),

@@ -1,4 +1,4 @@
-"""What became of a run's uploads, from its events."""
+"""What became of a run's exports and uploads, from its events."""
 
 from __future__ import annotations
 
@@ -38,3 +38,15 @@ def upload_lines(events: Iterable[Mapping[str, Any]]) -> list[UploadLine]:
             found.pop(key, None)
         found[item, target] = UploadLine(item, str(event.get("url") or target), error, float(event["time"]))
     return list(found.values())
+
+
+def export_problem(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """The exports whose last try failed; None if there are none."""
+    failed: dict[str, str] = {}
+    for event in events:
+        if event.get("kind") == "export_failed":
+            failed[str(event["label"])] = str(event["error"])
+        elif event.get("kind") == "exported":
+            failed.pop(str(event["label"]), None)
+    words = [f"export {label} failed: {error}" for label, error in failed.items()]
+    return "; ".join(words[-3:]) or None

@@ -51,6 +51,8 @@ def describe(answer: RunStatus) -> str:
         facts.append(("best", Best(**answer.best)))
     if answer.checkpoint_problem:
         facts.append(("WARNING", answer.checkpoint_problem))
+    if answer.export_problem:
+        facts.append(("WARNING", answer.export_problem))
     shown_uploads = [line for line in answer.uploads if line.error] or answer.uploads[-2:]
     facts += [("WARNING" if line.error else "upload", line.words()) for line in shown_uploads[-4:]]
     if any(line.error for line in answer.uploads):

@@ -105,7 +105,7 @@ class Saves:
         self._saving[step] = now
         self._sweep()
         if self.options.export == "all" and self._last_tries <= 1:
-            self.export(step, folder.name)
+            self._export_too(step, folder.name)
 
     def conclude(self, step: int) -> bool:
         """Whether the state after the last step is saved; asked until it is. Starts what is missing.
@@ -127,6 +127,15 @@ class Saves:
         self._retry_at = time.monotonic() + LAST_PAUSE_S
         self.save(step)
         return False
+
+    def _export_too(self, step: int, label: str) -> None:
+        """The export of a checkpoint, unless the policy would have to wait for the one before."""
+        slow = [other for other, since in self._exporting.items() if time.monotonic() - since > SKIP_AFTER_S]
+        if slow:
+            LOG.warning("step %d is not exported: %s is still being written", step, slow[0])
+            self._tell("export_failed", step=step, label=label, error=f"{slow[0]} was still being written")
+        else:
+            self.export(step, label)
 
     def export(self, step: int, label: str) -> None:
         self._final_tries += label == "final"
@@ -157,6 +166,7 @@ class Saves:
         self._exporting.pop(message.label, None)
         if not message.error:
             LOG.info("exported step %d to %s in %.1f s", message.step, message.path, message.seconds)
+            self._tell("exported", step=message.step, label=message.label, seconds=round(message.seconds, 3))
             self.uploads.written(f"{self.run.safetensors.name}/{message.label}")
             return
         LOG.error("export %s FAILED: %s", message.label, message.error)

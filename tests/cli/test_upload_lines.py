@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_rl.cli._uploads import upload_lines
+from hpc_rl.cli._uploads import export_problem, upload_lines
 
 
 def test_the_last_word_on_each_folder_and_target_counts() -> None:
@@ -42,3 +42,9 @@ def test_the_last_word_on_each_folder_and_target_counts() -> None:
         "url": "https://h/m",
     }
     assert upload_lines([*events, stored])[-1].words() == "safetensors/final is at https://h/m"
+
+
+def test_an_export_that_failed_is_told_until_it_is_there() -> None:
+    failed = {"kind": "export_failed", "time": 1.0, "step": 4, "label": "final", "error": "disk full"}
+    assert export_problem([failed]) == "export final failed: disk full"
+    assert export_problem([failed, {"kind": "exported", "time": 2.0, "step": 4, "label": "final"}]) is None
