@@ -22,8 +22,10 @@ test: setup ## everything but the learning runs: real Slurm, Redis, vLLM
 learn: setup ## the longer learning runs
 	$(BIN)/python -m pytest -q -s -m learn --timeout 3600
 
-bench: setup ## every benchmark; the last line of each is JSON
+bench: setup ## every benchmark (*_gpu only where there is one); the last line of each is JSON
 	@for file in benchmarks/[a-z]*.py; do name=$$(basename $$file .py); \
+	  case $$name in *_gpu) \
+	    $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || continue;; esac; \
 	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lint: setup ## ruff and mypy

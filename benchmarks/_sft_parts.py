@@ -75,7 +75,7 @@ def make_trainer(
     attention: str | None = None,
     **policy: Any,
 ) -> Fsdp2Trainer:
-    """Our trainer in this process, without a bus; rows in file order, no weight decay. fp32, on a GPU bf16."""
+    """Our trainer in this process, without a bus: fp32 (on a GPU bf16), rows in file order, no decay."""
     dtype = "bfloat16" if on_gpu else "float32"
     optimizer = {"lr": LEARNING_RATE, "weight_decay": 0.0, "clip_norm": 1.0}
     recipe = Recipe.model_validate(

@@ -1,4 +1,4 @@
-"""An SFT step of ours over a bare loop on one GPU, and its MFU: `python -m benchmarks.sft_gpu [--attention NAME]`.
+"""An SFT step of ours over a bare loop on one GPU, and its MFU: `python -m benchmarks.sft_gpu`.
 
 Random Qwen3-shaped models of 0.6 and 7 billion parameters. Both sides: fp32 master weights, bf16 compute (the
 bare loop by autocast), fused AdamW, clip 1.0, the same batches; the larger one with activation
