@@ -5,6 +5,7 @@ No torch and no tokenizer: text and chat messages only. `data/encode.py` turns t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,26 +80,31 @@ def check_rows(
     sft: bool,
     max_rows: int | None = None,
     template: ChatTemplate | None = None,
+    seen: Callable[[Conversation, str], None] | None = None,
 ) -> int:
     """Read the first `max_rows` rows (null: all) as the run will; return how many were read.
 
-    With the model's `template`, chats are rendered as well. Raises DataError naming file, row number and
-    column or message and role for the first row that does not fit.
+    With the model's `template`, chats are rendered as well; `seen` is told of each. Raises DataError
+    naming file, row number and column or message and role for the first row that does not fit.
     """
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     for index in range(count):
         where = f"{rows.name}: row {index}"
         if sft:
-            check_sft_row(rows[index], spec, where, template)
+            check_sft_row(rows[index], spec, where, template, seen)
         else:
             prompt_of(rows[index], spec, where)
     return count
 
 
 def check_sft_row(
-    row: dict[str, Any], spec: DatasetSpec, where: str, template: ChatTemplate | None = None
-) -> Conversation | None:
-    """What training would make of a row, as far as text goes. Raises DataError."""
+    row: dict[str, Any],
+    spec: DatasetSpec,
+    where: str,
+    template: ChatTemplate | None = None,
+    seen: Callable[[Conversation, str], None] | None = None,
+) -> None:
+    """Make of a row what training would, as far as text goes. Raises DataError."""
     if spec.format in CHAT_FORMATS:
         conversation = conversation_of(row, spec, where)
         if conversation.messages[-1]["role"] != "assistant":
@@ -106,12 +112,13 @@ def check_sft_row(
     else:
         content, completion = completion_of(row, spec, where)
         if completion is None or (isinstance(content, str) and (spec.chat is False or template is None)):
-            return None
+            return
         conversation = wrap(content, completion, row, spec)
+    if seen is not None:
+        seen(conversation, where)
     if template is not None:
         prepared = replace(conversation, messages=template.prepared(conversation.messages))
         renderings(template, prepared, spec.train_on, where)
-    return conversation
 
 
 def is_plain(value: Any) -> bool:

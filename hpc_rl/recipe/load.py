@@ -216,7 +216,7 @@ def _localise(recipe: Recipe, source: Source) -> None:
     for which, spec in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if spec is not None:
             spec.path = absolute(spec.path, ("data", which, "path"))
-            if spec.media_path is not None:
+            if spec.media_path:  # LLaVA writes none as an empty text
                 spec.media_path = absolute(spec.media_path, ("data", which, "media_path"), always=True)
     if recipe.cluster.template is not None:
         recipe.cluster.template = absolute(recipe.cluster.template, ("cluster", "template"))

@@ -1,0 +1,149 @@
+"""The data of a recipe before the queue: rows, roles, templates and media files, as the run reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpc_rl.catalog.local_models import find_model, find_snapshot, hub_cache, is_local
+from hpc_rl.cluster.findings import Finding, place
+from hpc_rl.plan.site import Site
+from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.schema import DatasetSpec, Recipe
+
+if TYPE_CHECKING:
+    from hpc_rl.data.chat import Conversation
+    from hpc_rl.data.rows import Rows
+
+ROWS_CHECKED = 100
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def data_findings(loaded: LoadedRecipe, site: Site, *, light: bool = False) -> list[Finding]:
+    """The data sets are here, and the first rows have the columns that the recipe names.
+
+    `light`: of a data set that only the Hub's library can open, see no more than that it is in the cache.
+    """
+    data = loaded.recipe.data
+    findings = _rows(loaded, site, data.train, "train", light)
+    if data.eval is not None:
+        findings += _rows(loaded, site, data.eval, "eval", light)
+    return findings
+
+
+def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, light: bool) -> list[Finding]:
+    from hpc_rl.data.errors import DataError
+    from hpc_rl.data.rows import find_path, load_rows
+
+    where, sft = place(loaded, "data", which), loaded.recipe.kind == "sft"
+    try:
+        path = find_path(spec.path, None)
+        if light and (path is None or (path / "dataset_info.json").exists()):
+            return _cached(loaded, site, spec, where) if path is None else [Finding("ok", where, str(path))]
+        with _as_in_the_job(site):
+            rows = load_rows(spec)
+            _check_rows(loaded, site, spec, rows, sft=sft, light=light)
+            if which == "train" and sft and loaded.recipe.data.holdout and loaded.recipe.data.eval is None:
+                rows.split(loaded.recipe.data.holdout, loaded.recipe.seed)
+    except DataError as error:
+        return [Finding("error", where, str(error))]
+    found = [Finding("ok", where, f"{len(rows)} rows of {rows.name}")]
+    if which == "train" and len(rows) < (wanted := rows_per_step(loaded.recipe)):
+        message = f"{len(rows)} rows, and one step takes {wanted}: a step has the same rows more than once"
+        fix = "raise data.train.limit" if spec.limit is not None else "give more rows"
+        found.append(Finding("warning", where, message, f"{fix}, or lower policy.batch_size"))
+    return found
+
+
+def _check_rows(
+    loaded: LoadedRecipe, site: Site, spec: DatasetSpec, rows: Rows, *, sft: bool, light: bool
+) -> None:
+    """The first rows as training will read them: columns, roles, the chat template, files of media.
+
+    `light` leaves the template out. Raises DataError.
+    """
+    from hpc_rl.data.errors import DataError
+    from hpc_rl.data.media import MediaFiles
+    from hpc_rl.data.prompts import check_rows
+    from hpc_rl.data.rows import find_path
+    from hpc_rl.data.templates import ChatTemplate
+
+    model = loaded.recipe.model
+    folder = find_model(model.path, model.revision, site.paths.hf_home)
+    words = _tokenizer_folder(model.tokenizer, site) if model.tokenizer else folder
+    # A model that is missing has its own finding; without its template less can be said of the rows.
+    template = ChatTemplate.read(words) if sft and not light and words is not None else None
+    if template is None and sft and not light and words is not None and needs_template(spec):
+        raise DataError(
+            f"chat messages (format {spec.format}, `system` or `chat: true`) need a chat template, and "
+            f"{words} has none; set model.tokenizer to a folder or name that has one"
+        )
+    path = find_path(spec.path, None)
+    files = MediaFiles(spec, path if path is None or path.is_dir() else path.parent)
+    looks = sft and folder is not None and any((folder / name).is_file() for name in PROCESSORS)
+    if looks and spec.format == "cosmos_reason1":
+        files.prepare(unpack=False)
+
+    def seen(conversation: Conversation, where: str) -> None:
+        if not conversation.has_media:
+            return
+        if not looks and folder is not None:
+            raise DataError(f"{where} has images or videos, and {folder} has no processor for them")
+        if loaded.recipe.policy.batch_tokens is not None:
+            raise DataError(
+                f"{where} has images: policy.batch_tokens does not work with them, use batch_size"
+            )
+        files.check(conversation, where)
+
+    check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED, template=template, seen=seen)
+
+
+def _tokenizer_folder(name: str, site: Site) -> Path | None:
+    if not is_local(name):
+        return find_snapshot(name, None, site.paths.hf_home)
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def needs_template(spec: DatasetSpec) -> bool:
+    return spec.format in ("chat", "llava", "cosmos_reason1") or bool(spec.chat) or spec.system is not None
+
+
+def _cached(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, where: str) -> list[Finding]:
+    """A data set of the Hub: downloaded, or prepared by its library in an earlier run."""
+    prepared = hub_cache(site.paths.hf_home).parent / "datasets"
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", prepared))
+    owner = spec.path.partition("/")[0]
+    snapshot = find_snapshot(spec.path, spec.revision, site.paths.hf_home, kind="datasets")
+    if snapshot is not None or any(prepared.glob(f"{owner}*")):
+        return [Finding("ok", where, f"{spec.path} is cached")]
+    message = f"{spec.path} is neither a path nor in the Hub cache, and jobs run offline"
+    return [Finding("error", where, message, f"run 'hpc-rl fetch {loaded.path}' where there is internet")]
+
+
+def rows_per_step(recipe: Recipe) -> int:
+    """Rows of the training data in one optimizer step: each makes a sequence, or (rl) a prompt group."""
+    per_row = recipe.algorithm.get("group_size", 1) if recipe.kind == "rl" else 1
+    return max(1, recipe.policy.batch_size // per_row)
+
+
+@contextmanager
+def _as_in_the_job(site: Site) -> Iterator[None]:
+    """Look where the job will look: in the site's cache, offline. (The Hub's libraries read these names
+    when they are first imported, which happens inside.)"""
+    names = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    if site.paths.hf_home is not None:
+        names["HF_HOME"] = site.paths.hf_home
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
