@@ -236,6 +236,7 @@ class Controller(ABC):
     def stop_everyone(self) -> None:
         assert self.ending is not None
         LOG.info("stopping: %s at step %d of %d", self.ending[1], self.step, self.total_steps)
+        self.saves.tidy()
         if self.saves.best.best is not None:
             step = self.saves.best.best.step
             LOG.info("best checkpoint: %s: %s", self.saves.best.best, self.run_dir.checkpoint(step))

@@ -43,6 +43,9 @@ class BestCheckpoint:
         if self.enabled:
             self._expected.add(step)
 
+    def forget_expected(self) -> None:
+        self._expected.clear()
+
     def judge(self, step: int, metric: str, value: float | None) -> bool:
         """Take the validation of `step` (None: it was given up); True if it is the best so far."""
         self._expected = {other for other in self._expected if other > step}

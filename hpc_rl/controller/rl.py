@@ -150,7 +150,7 @@ class RlController(Controller):
             LOG.info("evaluation at step %d: accuracy %.3f", step, metrics.get("eval/accuracy", float("nan")))
             self.recorder.release(step, metrics)
             if self.saves.has(step):
-                self.saves.best.judge(step, self.best_metric, metrics.get(self.best_metric))
+                self.saves.evaluated(step, self.best_metric, metrics.get(self.best_metric))
 
     def replica_lost(self, replica: Replica) -> None:
         self.events.append("replica_lost", index=replica.index, cause=replica.causes[-1])

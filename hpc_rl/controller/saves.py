@@ -182,6 +182,18 @@ class Saves:
                 return f"policy rank 0 has not finished saving {what!r} after {SAVE_LIMIT_S:.0f} s"
         return None
 
+    def evaluated(self, step: int, metric: str, value: float | None) -> bool:
+        """The validation of `step` is known; True if it is the best so far (see `best`). What waited for it
+        may go now."""
+        improved = self.best.judge(step, metric, value)
+        self._retain()
+        return improved
+
+    def tidy(self) -> None:
+        """At the end: no evaluation will be answered any more."""
+        self.best.forget_expected()
+        self._retain()
+
     # --- what is on disk -----------------------------------------------------------------------------
     def _failed(self, step: int, error: str) -> None:
         self.failures, self.last_error = self.failures + 1, error

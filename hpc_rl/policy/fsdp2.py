@@ -57,6 +57,8 @@ class Fsdp2Trainer:
         self.saver = Saver(self.rank, self.world_size, token, stage=stage_file(context))
         self.exports = Exports(self.recipe.model, self.rank, self.world_size, token)
         self.guard = SpikeGuard(self.recipe.policy.guard)
+        profiles = context.run_dir.root / "profile"
+        self.profiler = StepProfiler(self.recipe.policy.profile, profiles, self.rank)
         self._saved: list[SaveResult] = []  # ended, not reported yet
         self.step = 0
 
@@ -87,8 +89,6 @@ class Fsdp2Trainer:
             self.ema = WeightAverage(self.model.module, recipe.policy.ema)
         self.timer = StepTimer(self.device)
         self.throughput = throughput_of(self.model, self.device, recipe.model.dtype, self.world_size)
-        profiles = self.context.run_dir.root / "profile"
-        self.profiler = StepProfiler(recipe.policy.profile, profiles, self.rank, self.device)
         self._count_steps()
         context = self.context
         restorer = Restorer(
@@ -143,6 +143,7 @@ class Fsdp2Trainer:
             denominator = command.denominator
         if denominator == 0:  # nothing to train on, on any rank: not even momentum may move the weights
             self.step = command.step
+            self.profiler.after(command.step)
             return {"train/skipped": 1.0}
         self.timer.mark("data")
         totals = self.runner.forward_backward(micro_batches, denominator)
@@ -246,6 +247,7 @@ class Fsdp2Trainer:
         yield from self.poll()
 
     def close(self) -> None:
+        self.profiler.close()
         self.saver.close()
         self.exports.close()
         if self.sft is not None:

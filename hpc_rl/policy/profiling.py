@@ -17,16 +17,16 @@ class StepProfiler:
     """`before` and `after` are called around every step. Writes `<folder>/rank_<r>_steps_<a>-<b>.json`,
     which chrome://tracing and Perfetto open."""
 
-    def __init__(self, options: Profile | None, folder: Path, rank: int, device: torch.device) -> None:
+    def __init__(self, options: Profile | None, folder: Path, rank: int) -> None:
         self.options = options if options is not None and rank in options.ranks else None
-        self.folder, self.rank, self.device = folder, rank, device
+        self.folder, self.rank = folder, rank
         self._running: profile | None = None
 
     def before(self, step: int) -> None:
         if self.options is None or step != self.options.start:
             return
         activities = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         self._running = profile(activities=activities, profile_memory=self.options.memory)
         self._running.start()

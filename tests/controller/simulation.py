@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from hpc_rl.controller.rl import RlController
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir
 from hpc_rl.types import PromptGroup, Trajectory, VersionSpan
+from tests.controller.sft_simulation import write_policy_part
 
 PROMPTS_PER_STEP, GROUP_SIZE, STALENESS, ROUNDS = 2, 2, 2, 3000
 
@@ -31,7 +33,9 @@ class SentMessages:
         return {}
 
 
-def make_controller(folder: Path, *, steps: int, replicas: int, before: bool) -> RlController:
+def make_controller(
+    folder: Path, *, steps: int, replicas: int, before: bool, checkpoint: dict[str, Any] | None = None
+) -> RlController:
     run = RunDir.create(folder, "simulated")
     data = {"format": "prompt_answer", "prompt": "prompt", "answer": "answer"}
     for name, rows in (("train", 8), ("eval", 3)):
@@ -47,7 +51,7 @@ def make_controller(folder: Path, *, steps: int, replicas: int, before: bool) ->
             "reward": [{"name": "exact"}],
             "policy": {"batch_size": PROMPTS_PER_STEP * GROUP_SIZE, "steps": steps},
             "rollout": {"replicas": replicas, "max_in_flight": 8},
-            "checkpoint": {"enabled": False, "export": "off"},
+            "checkpoint": {"export": "off", **(checkpoint or {"enabled": False})},
             "eval": {"every": 2, "before": before},
             "logging": {"wandb": {"mode": "off"}},
         }
@@ -78,6 +82,7 @@ class Simulation:
         self.trained: list[int] = []
         self.staleness = 0
         self.evaluated: dict[str, set[int]] = defaultdict(set)  # evaluation -> versions that answered
+        self.skill: Callable[[int], float] = lambda version: 0.0  # what a version scores in evaluations
 
     def run(self) -> bool:
         self.tell(m.PolicyReady(0, 0, {}))
@@ -113,6 +118,10 @@ class Simulation:
                     self.staleness = max(self.staleness, command.step - 1 - sample.version)
                 self.policy_version = command.step
                 self.tell(m.StepDone(command.step, 0.1, {}))
+            case m.SaveCheckpoint() as command:
+                assert command.step == self.policy_version
+                write_policy_part(self.controller.run_dir.checkpoint(command.step))
+                self.tell(m.CheckpointSaved(command.step, 0.1))
             case m.PushWeights() as command:
                 assert command.version == self.policy_version
                 self.tell(m.WeightsPushed(command.version, 0.1, 1, {}))
@@ -147,13 +156,17 @@ class Simulation:
             self.answers[index].append(self.group(index, message))
 
     def group(self, index: int, request: m.Generate) -> m.GroupDone:
-        spans = [VersionSpan(self.version[index], 0, 2)]
+        version = self.version[index]
+        spans = [VersionSpan(version, 0, 2)]
+        scores = [
+            i % 2 if request.purpose == "train" else self.skill(version) for i in range(request.group_size)
+        ]
         trajectories = [
             Trajectory(
                 request.prompt.ordinal, i, index, [1], [2, 3], [-1.0, -1.0], spans, "stop",
-                rewards={"exact": float(i % 2)}, reward=float(i % 2),
+                rewards={"exact": float(score)}, reward=float(score),
             )
-            for i in range(request.group_size)
+            for i, score in enumerate(scores)
         ]  # fmt: skip
         return m.GroupDone(
             index,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rl.run.best import Best, read_best
 from tests.controller.simulation import GROUP_SIZE, PROMPTS_PER_STEP, STALENESS, Simulation, make_controller
 
 STEPS, SEEDS = 8, 12
@@ -33,3 +34,25 @@ def test_every_order_ends_with_every_prompt_trained_once(
         rows = [json.loads(line) for line in controller.run_dir.metrics.read_text().splitlines()]
         assert [row["step"] for row in rows if row["step"]] == list(range(1, STEPS + 1))
         assert "eval/accuracy" in rows[-1], "the last version is always evaluated"
+
+
+@pytest.mark.parametrize("deaths", [0, 2])
+def test_the_best_of_the_evaluated_checkpoints_is_kept_whenever_its_score_comes(
+    tmp_path: Path, deaths: int
+) -> None:
+    skills = {2: 0.3, 4: 0.4, 6: 0.9, 8: 0.5}
+    kept = []
+    for seed in range(SEEDS):
+        checkpoint = {"save_every": 2, "max_keep": 1}
+        folder = tmp_path / str(seed)
+        controller = make_controller(folder, steps=STEPS, replicas=2, before=True, checkpoint=checkpoint)
+        simulation = Simulation(controller, seed, deaths=deaths, ack=0.9)
+        simulation.skill = lambda version: skills.get(version, 1.0)
+        assert simulation.run()
+        rows = [json.loads(line) for line in controller.run_dir.metrics.read_text().splitlines()]
+        scores = {row["step"]: row["eval/accuracy"] for row in rows if row["step"] and "eval/accuracy" in row}
+        best = max(scores, key=lambda step: scores[step])
+        assert read_best(controller.run_dir) == Best(best, "eval/accuracy", skills[best])
+        assert controller.run_dir.complete_steps() == sorted({best, STEPS})
+        kept.append(best)
+    assert 6 in kept, "an evaluation may be given up or fall out, but not in every order"
