@@ -13,6 +13,8 @@ import heapq
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 Bins = list[list[int]]
 
 
@@ -65,20 +67,35 @@ def pack_fixed(lengths: Sequence[int], micro_batch_size: int, ranks: int) -> lis
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> Bins:
-    """Best-fit decreasing: each sequence into the fullest bin that still holds it; a longer one alone."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    """Best-fit decreasing: each sequence into the fullest bin that still holds it; a longer one alone.
+
+    `rooms` are the different free sizes of open bins, sorted; there are at most `capacity` of them, so
+    that finding the best one costs a binary search over small integers.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     bins: Bins = []
-    rooms: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    rooms: list[int] = []
+    open_bins: dict[int, Bins] = {}
     for index in order:
         length = lengths[index]
-        place = bisect.bisect_left(rooms, (length, -1))
+        place = bisect.bisect_left(rooms, length)
         if place < len(rooms):
-            room, number = rooms.pop(place)
+            room = rooms[place]
+            same = open_bins[room]
+            found = same.pop()
+            if not same:
+                del rooms[place]
+            found.append(index)
         else:
-            room, number = max(capacity, length), len(bins)
-            bins.append([])
-        bins[number].append(index)
-        bisect.insort(rooms, (room - length, number))
+            room = capacity
+            found = [index]
+            bins.append(found)
+        room -= length
+        if room > 0:
+            same = open_bins.setdefault(room, [])
+            if not same:
+                bisect.insort(rooms, room)
+            same.append(found)
     return bins
 
 

@@ -39,13 +39,14 @@ class TokenBatcher:
 
     def take(self) -> list[list[Key]]:
         """The rows of the next step (fewer, or none, when nothing is left)."""
-        lengths = [length for _, length in self.waiting]
+        waiting = self.waiting
+        lengths = [length for _, length in waiting]
         bins = best_fit(lengths, self.row_tokens)
-        filled = [sum(lengths[i] for i in one) for one in bins]
-        order = sorted(range(len(bins)), key=lambda b: (0 not in bins[b], -filled[b], min(bins[b])))
-        chosen = [sorted(bins[b]) for b in order[: self.rows]]
+        for one in bins:
+            one.sort()
+        bins.sort(key=lambda one: (one[0] != 0, -sum([lengths[i] for i in one]), one[0]))
+        chosen = bins[: self.rows]
         gone = {i for one in chosen for i in one}
-        rows = [[self.waiting[i][0] for i in one] for one in chosen]
-        self.waiting = [entry for i, entry in enumerate(self.waiting) if i not in gone]
-        self.tokens = sum(length for _, length in self.waiting)
-        return rows
+        self.waiting = [entry for i, entry in enumerate(waiting) if i not in gone]
+        self.tokens -= sum([lengths[i] for i in gone])
+        return [[waiting[i][0] for i in one] for one in chosen]
