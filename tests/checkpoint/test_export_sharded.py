@@ -22,11 +22,14 @@ from hpc_rl.checkpoint.export_parts import lay_out
 from hpc_rl.models.base import ParallelSpec
 from hpc_rl.models.hf.model import build
 from hpc_rl.recipe.schema import Model
+from tests.families import FAMILIES
 from tests.ranks import run_ranks
-from tests.tiny_models import FAMILIES, save_model
+from tests.tiny_models import save_model
+from tests.tiny_vlms import save_vlm
 
 pytestmark = pytest.mark.torch
-TEXT_FAMILIES = [name for name, family in FAMILIES.items() if not family.vision]
+TEXT = [name for name, family in FAMILIES.items() if not family.vision]
+SPLIT = ["llama", "qwen2", "phi3", "qwen3_moe", "mixtral"]  # columns, rows, ties, packed halves, experts
 # Their experts are split on the way to the files.
 GATHERED = {"qwen3_moe", "mixtral"}
 
@@ -60,20 +63,27 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def export_families(rank: int, world: int, folder: Path, replicate: int) -> None:
+def export_families(
+    rank: int, world: int, folder: Path, families: list[str], replicate: int, tp: int
+) -> None:
     exporter = Exporter(rank, world, "1.1", 60.0)
-    for family in TEXT_FAMILIES:
+    for family in families:
         dtype = "bfloat16" if family == "llama" else "float32"
         spec = Model(path=str(folder / family), dtype=dtype)
         shards = ParallelSpec(
-            torch.device("cpu"), torch.float32, dp_replicate=replicate, dp_shard=world // replicate
+            torch.device("cpu"),
+            torch.float32,
+            dp_replicate=replicate,
+            dp_shard=world // replicate // tp,
+            tp=tp,
         )
         model = build(spec, shards)
-        target = folder / f"{family}-{world}"
+        target = folder / f"{family}-{world}-{tp}"
         with Communication() as seen:
             export = exporter.stage(model, Export(target, model.folder, None, model.file_dtype))
-        assert family in GATHERED or not seen.calls, (family, seen.calls)
-        assert family not in GATHERED or seen.calls or rank > 0, family  # the counter does see transfers
+        gathered = family in GATHERED or tp > 1
+        assert gathered or not seen.calls, (family, seen.calls)
+        assert not gathered or seen.calls or rank > 0, family  # the counter does see transfers
         # What training does meanwhile must not reach the files.
         with torch.no_grad():
             for parameter in model.module.parameters():
@@ -85,24 +95,32 @@ def export_families(rank: int, world: int, folder: Path, replicate: int) -> None
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
-    for family in TEXT_FAMILIES:
-        save_model(folder / family, family)
+    for name, family in FAMILIES.items():
+        if family.vision:
+            save_vlm(folder / name, name)
+        else:
+            save_model(folder / name, name, num_key_value_heads=2)
     return folder
 
 
-@pytest.mark.parametrize(("world", "replicate"), [(2, 1), (3, 1), (4, 2)], ids=["fsdp2", "uneven", "hsdp2x2"])
+@pytest.mark.parametrize(
+    ("world", "replicate", "tp", "families"),
+    [(2, 1, 1, list(FAMILIES)), (3, 1, 1, TEXT), (4, 2, 1, TEXT), (2, 1, 2, SPLIT), (4, 1, 2, SPLIT)],
+    ids=["fsdp2", "uneven", "hsdp2x2", "tp2", "fsdp2tp2"],
+)
 def test_every_family_is_exported_as_save_pretrained_wrote_it(
-    world: int, replicate: int, models: Path, tmp_path: Path
+    world: int, replicate: int, tp: int, families: list[str], models: Path, tmp_path: Path
 ) -> None:
-    run_ranks(export_families, world, tmp_path, models, replicate)
-    for family in TEXT_FAMILIES:
+    run_ranks(export_families, world, tmp_path, models, families, replicate, tp)
+    for family in families:
         expected = tensors(models / family)
         if family == "llama":
             expected = {name: value.to(torch.bfloat16) for name, value in expected.items()}
-        result = models / f"{family}-{world}"
+        result = models / f"{family}-{world}-{tp}"
         assert same(tensors(result), expected) == [], family
         assert not list(models.glob(".*"))
-        loaded = T.AutoModelForCausalLM.from_pretrained(result)
+        kind = T.AutoModelForImageTextToText if FAMILIES[family].vision else T.AutoModelForCausalLM
+        loaded = kind.from_pretrained(result)
         wanted = torch.bfloat16 if family == "llama" else torch.float32
         assert {p.dtype for p in loaded.parameters()} == {wanted}
 
