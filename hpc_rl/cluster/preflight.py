@@ -18,6 +18,7 @@ from hpc_rl.bus.server import find_binary
 from hpc_rl.cluster.findings import Finding, place
 from hpc_rl.cluster.model_check import check_model
 from hpc_rl.cluster.partitions import check_partitions
+from hpc_rl.cluster.storage_check import check_storage
 from hpc_rl.plan.schema import Plan
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.extensions import registry
@@ -40,6 +41,7 @@ def machine_findings(
     """Every rung of this module, in order. `recipe` is the resolved one (`resolve_recipe`)."""
     findings = [Finding("warning", "plan", warning) for warning in plan.warnings]
     findings += file_findings(loaded, site, plan, recipe)
+    findings += check_storage(loaded, plan, recipe, which=which)
     findings += check_secrets(loaded, os.environ if environ is None else environ)
     findings += check_packages(loaded, site, plan)
     findings += check_redis(loaded)  # every kind has a controller, and so a bus
