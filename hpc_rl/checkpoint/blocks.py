@@ -2,7 +2,9 @@
 
 Mostly one block; where fused halves are split each (tensor parallelism over a packed projection, which is
 `_StridedShard`) it is several, which `compute_local_shape_and_global_offset` does not tell. Torch's own
-splitting is applied to the indices, placement by placement.
+splitting is applied to the indices, placement by placement. A tensor that lives on some dimensions of a
+larger mesh (what tensor parallelism does not split is sharded over the data-parallel ones) is a copy
+along the others.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -42,14 +46,24 @@ class Block(NamedTuple):
 
 def own_blocks(tensor: DTensor) -> list[Block]:
     """The blocks of this rank; none if it has nothing, or is not the first holder of what it has."""
-    coordinate = tensor.device_mesh.get_coordinate()
+    coordinate = _whole(tensor)[0].get_coordinate()
     assert coordinate is not None, "a tensor of a mesh that this rank is not part of"
     return _at(tensor, tuple(coordinate))
 
 
+def held_blocks(tensor: Tensor) -> list[Block]:
+    """The blocks of this rank, whether or not others hold them too. Of a plain tensor: all of it."""
+    if not isinstance(tensor, DTensor):
+        return [Block(0, (0,) * tensor.dim(), (0,) * tensor.dim(), tuple(tensor.shape))]
+    mesh, placements = _whole(tensor)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a tensor of a mesh that this rank is not part of"
+    return _blocks(tensor, mesh, placements, tuple(coordinate))
+
+
 def all_blocks(tensor: DTensor) -> list[Block]:
     """The blocks that make up `tensor`, each at its first holder. No communication."""
-    mesh = tensor.device_mesh
+    mesh, _ = _whole(tensor)
     return [
         block for place in itertools.product(*(range(n) for n in mesh.shape)) for block in _at(tensor, place)
     ]
@@ -61,9 +75,26 @@ def by_rows(tensor: DTensor) -> bool:
 
 
 def _at(tensor: DTensor, coordinate: tuple[int, ...]) -> list[Block]:
-    mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+    mesh, placements = _whole(tensor)
     if any(isinstance(p, Replicate) and at > 0 for p, at in zip(placements, coordinate, strict=True)):
         return []
+    return _blocks(tensor, mesh, placements, coordinate)
+
+
+def _whole(tensor: DTensor) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+    """The mesh that the tensor's mesh is cut from, and its placements there."""
+    mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+    whole = mesh._get_root_mesh()
+    if whole.ndim == mesh.ndim:
+        return mesh, placements
+    assert mesh.mesh_dim_names is not None and whole.mesh_dim_names is not None
+    by_name = dict(zip(mesh.mesh_dim_names, placements, strict=True))
+    return whole, tuple(by_name.get(name, Replicate()) for name in whole.mesh_dim_names)
+
+
+def _blocks(
+    tensor: DTensor, mesh: DeviceMesh, placements: tuple[Placement, ...], coordinate: tuple[int, ...]
+) -> list[Block]:
     rank = int(mesh.mesh[coordinate])
     per_dim = [
         _runs(size, dim, tensor.dim(), placements, tuple(mesh.shape), coordinate)

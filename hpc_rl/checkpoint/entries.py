@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor
+
+from hpc_rl.checkpoint.blocks import held_blocks, own_blocks
 
 
 class Piece(msgspec.Struct):
@@ -53,27 +54,21 @@ class Piece(msgspec.Struct):
 def own_pieces(state: dict[str, Tensor], rank: int) -> list[tuple[Piece, Tensor]]:
     """What this rank writes of `state`, with the local tensors. No communication.
 
-    Of a sharded tensor: its shard, if it is the first holder of it. Of a plain tensor: everything if the
+    Of a sharded tensor: its blocks, if it is the first holder of them. Of a plain tensor: everything if the
     name ends with `_{rank}` (per-rank state), or if it is rank 0 (the tensor is equal on all ranks).
     """
     found = []
     for name, value in state.items():
-        local, offset = value.detach(), [0] * value.dim()
+        dtype, local = str(value.dtype).removeprefix("torch."), value.detach()
         if isinstance(value, DTensor):
-            coordinate = value.device_mesh.get_coordinate()
-            assert coordinate is not None
-            replicas = zip(value.placements, coordinate, strict=True)
-            if any(isinstance(place, Replicate) and at > 0 for place, at in replicas):
-                continue
-            _, start = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-            local, offset = value.to_local().detach(), list(start)
-            if local.numel() == 0 and value.numel() > 0:
-                continue
-        elif rank != 0 and not per_rank(name, rank):
+            blocks, local = own_blocks(value), value.to_local().detach()
+        elif rank == 0 or per_rank(name, rank):
+            blocks = held_blocks(value)
+        else:
             continue
-        dtype = str(value.dtype).removeprefix("torch.")
-        piece = Piece(name, dtype, list(value.shape), list(local.shape), offset)
-        found.append((piece, local))
+        for block in blocks:
+            piece = Piece(name, dtype, list(value.shape), list(block.shape), list(block.start))
+            found.append((piece, local[block.of_local()]))
     return found
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from hpc_rl.checkpoint.reader import RangeReader
+from hpc_rl.checkpoint.reader import BlockPlanner, RangeReader
 
 
 class CheckpointError(RuntimeError):
@@ -57,7 +57,7 @@ def load_into(folder: Path, state: dict[str, Tensor], optional: frozenset[str] =
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
         targets: dict[str, Any] = {name: value.detach() for name, value in wanted.items()}
         try:
-            load(targets, storage_reader=RangeReader(folder), no_dist=True)
+            load(targets, storage_reader=RangeReader(folder), planner=BlockPlanner(), no_dist=True)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(f"{folder} cannot be read: {_first_line(error)}") from error
     return set(wanted)

@@ -14,17 +14,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from hpc_rl.checkpoint.blocks import held_blocks
 from hpc_rl.checkpoint.image import data_offset
 from hpc_rl.checkpoint.manifest import WRITTEN
 
 BUCKET = 32 << 20
 HEAD = 4096  # more than the archive's bytes before the data
 RUN = 4096  # shorter pieces of rows are not worth a system call each
+
+
+class BlockPlanner(DefaultLoadPlanner):
+    """DCP's planner for tensors of which a rank may hold several blocks (`blocks.py`)."""
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        self._blocks = {name: held_blocks(value) for name, value in self.state_dict.items()}
+        items: list[ReadItem] = []
+        for name, blocks in self._blocks.items():
+            entry = self.metadata.state_dict_metadata[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            wanted = [ChunkStorageMetadata(torch.Size(b.start), torch.Size(b.shape)) for b in blocks]
+            items += create_read_items_for_chunk_list(name, entry, wanted)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        value = self.state_dict[index.fqn]
+        local = value.to_local() if isinstance(value, DTensor) else value
+        block = next(b for b in self._blocks[index.fqn] if index.offset == torch.Size(b.start))
+        return local[block.of_local()]
 
 
 class RangeReader(FileSystemReader):
