@@ -38,10 +38,14 @@ def _row_blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
 
 
-def _wide(block: Tensor, temperature: float) -> Tensor:
-    """The block over the temperature in at least fp32 (a new tensor whenever it is not the same)."""
-    block = block if block.dtype == torch.float64 else block.float()
-    return block if temperature == 1.0 else block / temperature
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What softmax is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scaled(block: Tensor, temperature: float) -> Tensor:
+    """The block over the temperature, in at least fp32; at 1 as it is: softmax itself reads it as wide."""
+    return block if temperature == 1.0 else block.to(_wide(block.dtype)) / temperature
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -49,12 +53,12 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = _wide(logits.dtype)
         n = logits.shape[0]
         log_probs = torch.empty(n, dtype=dtype, device=logits.device)
         entropy = torch.empty(n if with_entropy else 0, dtype=dtype, device=logits.device)
         for rows in _row_blocks(logits):
-            block = torch.log_softmax(_wide(logits[rows], temperature), dim=-1)
+            block = torch.log_softmax(_scaled(logits[rows], temperature), dim=-1, dtype=dtype)
             log_probs[rows] = block.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
             if with_entropy:
                 p = torch.exp(block)
@@ -69,13 +73,13 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
-        in_place = logits.dtype == grad.dtype  # else the block is made wide, and rounded at the end
+        dtype = _wide(logits.dtype)
+        in_place = logits.dtype == dtype  # else the block is made wide, and rounded at the end
         for rows in _row_blocks(logits):
             # d log p_y / d z_j = (1[j = y] - p_j) / T
             scale = (grad[rows] / ctx.temperature).unsqueeze(1)
-            wide = _wide(logits[rows], ctx.temperature)
-            block = result[rows] if in_place else torch.empty_like(wide)
-            torch.softmax(wide, -1, out=block)
+            block = result[rows] if in_place else torch.empty_like(logits[rows], dtype=dtype)
+            torch.softmax(_scaled(logits[rows], ctx.temperature), -1, dtype=dtype, out=block)
             block.mul_(-scale)
             block.scatter_add_(1, targets[rows].unsqueeze(1), scale)
             if not in_place:

@@ -54,6 +54,19 @@ def test_bf16_logits_are_widened_before_the_softmax() -> None:
     assert (naive.double() - expected).abs().max() > 1e-3  # what this function is for
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_gradient_of_bf16_logits_is_rounded_once(temperature: float) -> None:
+    torch.manual_seed(3)
+    logits = (torch.randn(64, 1000) * 5).bfloat16().requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    targets, weight = torch.randint(1000, (64,)), torch.randn(64)
+    (ours,) = torch.autograd.grad((token_log_probs(logits, targets, temperature)[0] * weight).sum(), logits)
+    (expected,) = torch.autograd.grad((reference(exact, targets, temperature)[0] * weight).sum(), exact)
+    assert ours.dtype == torch.bfloat16
+    # Half a unit in the last of bf16's 8 bits, and fp32's own error.
+    assert ((ours.double() - expected).abs() <= 2.0**-9 * 1.01 * expected.abs() + 1e-6).all()
+
+
 def test_huge_and_forbidden_logits() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, float("-inf"), 1.0]])
     ours, entropy = token_log_probs(logits, torch.tensor([0, 2]), with_entropy=True)
