@@ -63,8 +63,8 @@ def test_the_gradient_of_bf16_logits_is_rounded_once(temperature: float) -> None
     (ours,) = torch.autograd.grad((token_log_probs(logits, targets, temperature)[0] * weight).sum(), logits)
     (expected,) = torch.autograd.grad((reference(exact, targets, temperature)[0] * weight).sum(), exact)
     assert ours.dtype == torch.bfloat16
-    # Half a unit in the last of bf16's 8 bits, and fp32's own error.
-    assert ((ours.double() - expected).abs() <= 2.0**-9 * 1.01 * expected.abs() + 1e-6).all()
+    # bf16's unit roundoff (8 bits of precision), and fp32's own error.
+    assert ((ours.double() - expected).abs() <= 2.0**-8 * 1.01 * expected.abs() + 1e-6).all()
 
 
 def test_huge_and_forbidden_logits() -> None:
