@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from hpc_rl.checkpoint.export_folder import describe, publish, write_header
-from hpc_rl.checkpoint.export_parts import ExportError, Layout, Part, Source, lay_out, parts, signature
+from hpc_rl.checkpoint.export_parts import ExportError, Layout, Part, Source, Units, lay_out, parts, signature
 from hpc_rl.checkpoint.layout import write_atomic
 
 __all__ = ["Export", "ExportError", "Exporter", "Source", "write_now"]
@@ -118,8 +118,9 @@ class Exporter:
         """
         if not self._written.wait(self.timeout_s):
             raise ExportError(f"rank {self.rank} has not written the export before {export.target} yet")
-        layout = self._layout_of(source)
-        slots = self._copy(source, layout)
+        units = source.units()
+        layout = self._layout_of(source, units)
+        slots = self._copy(source, units, layout)
         self._written.clear()
         # The same on all ranks and never used twice: nobody has to wait for a fresh folder.
         self._count += 1
@@ -139,17 +140,17 @@ class Exporter:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     # --- staging -----------------------------------------------------------------------------------
-    def _layout_of(self, source: Source) -> Layout:
-        key = signature(source)
+    def _layout_of(self, source: Source, units: Units) -> Layout:
+        key = signature(units)
         if self._layout is None or self._layout[0] != key:
-            self._layout = (key, lay_out(source, self.rank, self.world_size, FILE_BYTES))
+            self._layout = (key, lay_out(source, units, self.rank, self.world_size, FILE_BYTES))
         return self._layout[1]
 
-    def _copy(self, source: Source, layout: Layout) -> list[_Slot]:
+    def _copy(self, source: Source, units: Units, layout: Layout) -> list[_Slot]:
         needed = layout.nbytes + ALIGN * layout.count
         slots = []
         at, on_device = 0, False
-        for part in parts(source, layout, self.rank):
+        for part in parts(source, units, layout, self.rank):
             if self._buffer.numel() < needed:  # kept: fresh pages cost far more than the copy
                 self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=part.tensor.is_cuda)
             slot = _Slot(at, part.tensor.numel() * part.dtype.itemsize, part.file, part.start)
@@ -232,12 +233,13 @@ def write_now(source: Source, export: Export, folder: Path) -> Path:
 
     No more than a layer is in memory. Raises ExportError.
     """
-    layout = lay_out(source, 0, 1, FILE_BYTES)
+    units = source.units()
+    layout = lay_out(source, units, 0, 1, FILE_BYTES)
     try:
         folder.mkdir(parents=True)
         for file in layout.plan.files:
             write_header(folder, file)
-        blocks = ((part.file, part.start, _bytes_of(part)) for part in parts(source, layout, 0))
+        blocks = ((part.file, part.start, _bytes_of(part)) for part in parts(source, units, layout, 0))
         _check_filled(layout, _write_blocks(folder, layout, blocks))
         describe(folder, layout.plan, export.model, export.tokenizer, export.dtype)
         if export.also is not None:

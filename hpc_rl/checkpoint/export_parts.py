@@ -80,17 +80,20 @@ class Layout:
     count: int = 0
 
 
-def signature(source: Source) -> tuple[object, ...]:
+Units = list[dict[str, Tensor]]  # what `Source.units` gives; asking costs a walk over the module
+
+
+def signature(units: Units) -> tuple[object, ...]:
     """Equal for sources with the same layout."""
-    return tuple((n, tuple(t.shape), t.dtype) for unit in source.units() for n, t in unit.items())
+    return tuple((n, tuple(t.shape), t.dtype) for unit in units for n, t in unit.items())
 
 
-def lay_out(source: Source, rank: int, world_size: int, file_bytes: int) -> Layout:
+def lay_out(source: Source, units: Units, rank: int, world_size: int, file_bytes: int) -> Layout:
     """The files of `source` and what each rank does for them. No communication, no data."""
     entries: list[Entry] = []
     layout = Layout(Plan([], {}, None), [], {})
     loads = [0] * world_size
-    for unit in source.units():
+    for unit in units:
         dtypes = {name: source.dtype_in_file(name, tensor) for name, tensor in unit.items()}
         empty = {n: torch.empty(t.shape, dtype=dtypes[n], device="meta") for n, t in unit.items()}
         results = source.to_file(dict(empty))
@@ -122,13 +125,13 @@ def lay_out(source: Source, rank: int, world_size: int, file_bytes: int) -> Layo
 
 
 @torch.no_grad()
-def parts(source: Source, layout: Layout, rank: int) -> Iterator[Part]:
+def parts(source: Source, units: Units, layout: Layout, rank: int) -> Iterator[Part]:
     """What this rank writes, unit after unit; a part is valid until the next one is asked for.
 
     Ranks talk to each other only in units where something is `gathered`, each in the same order.
     """
     places = layout.plan.places
-    for part, unit in zip(layout.units, source.units(), strict=True):
+    for part, unit in zip(layout.units, units, strict=True):
         values = source.current(unit)
         for name, file_name in part.rows.items():
             dtype, place, local = layout.dtypes[name], places[file_name], _local(values[name])

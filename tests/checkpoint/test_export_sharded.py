@@ -186,7 +186,8 @@ def export_shardings(rank: int, world: int, folder: Path) -> None:
     exporter = Exporter(rank, world, "1.1", 60.0)
     exporter.stage(Sharded(values), Export(folder / "out", folder / "model", None, torch.bfloat16)).join(60.0)
     # Of what is gathered, every rank owns something, and only owners get anything.
-    layout = lay_out(Sharded(values), rank, world, 1 << 30)
+    source = Sharded(values)
+    layout = lay_out(source, source.units(), rank, world, 1 << 30)
     assert len({unit.owner for unit in layout.units if unit.made}) == 2
     exporter.close()
 
