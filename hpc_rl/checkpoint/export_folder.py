@@ -47,6 +47,7 @@ def describe(folder: Path, plan: Plan, model: Path, tokenizer: Path | None, dtyp
         (folder / INDEX).write_text(plan.index)
     if plan.files:  # an adapter alone finds its model by its own config
         config = json.loads((model / "config.json").read_text())
+        config.pop("quantization_config", None)  # what was in four bits is written as plain tensors
         _set_dtype(config, str(dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for source in (model, tokenizer):

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
+from safetensors.torch import load_file, save_file
 
+from hpc_rl.checkpoint.export import Export, write_now
 from hpc_rl.models.base import ModelError
 from hpc_rl.recipe.extensions import register
 from tests.models import contract as c
@@ -86,3 +88,44 @@ def test_a_registered_model_goes_first_and_never_falls_back(tmp_path: Path) -> N
         register("models", name, implementation=reference)
         with pytest.raises(ModelError, match=said):
             c.build_model(change(folder, architectures=[name]))
+
+
+def save_in_four_bits(folder: Path) -> Path:
+    """GPT-OSS as it is published: experts in MXFP4, blocks of 32 numbers with a scale each."""
+    c.save(folder, "gpt_oss")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = tensors.pop(name).shape
+        shape = (experts, outer, inner // 32, 16)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, shape, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 122, shape[:-1], dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return change(folder, quantization_config={"quant_method": "mxfp4"})
+
+
+def test_mxfp4_is_read_as_what_it_stands_for(tmp_path: Path) -> None:
+    folder = save_in_four_bits(tmp_path / "four")
+    plain = T.GptOssForCausalLM.from_pretrained(
+        folder, quantization_config=T.Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    model = c.build_model(folder)
+    for name, parameter in model.module.named_parameters():
+        assert torch.equal(parameter, plain.get_parameter(name)), name
+    write_now(model, Export(tmp_path / "out", folder, None, torch.float32), tmp_path / "partial")
+    again = c.build_model(tmp_path / "out")
+    ids = torch.arange(5, 30)
+    logits = [m.logits(ids, torch.arange(25), torch.arange(25)) for m in (model, again)]
+    assert torch.equal(*logits)
+    assert (
+        T.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        .get_parameter("lm_head.weight")
+        .isfinite()
+        .all()
+    )
+
+
+def test_other_quantisations_are_refused(tmp_path: Path) -> None:
+    """Their numbers without their scales would load, and mean nothing."""
+    folder = change(c.save(tmp_path, "qwen3"), quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ModelError, match=r"is quantised \(fp8\), which cannot be trained from"):
+        c.build_model(folder)

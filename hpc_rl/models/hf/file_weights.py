@@ -5,10 +5,10 @@ from __future__ import annotations
 from copy import deepcopy
 
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hpc_rl.models.base import ModelError
 from hpc_rl.models.hf.classes import build_on_meta
+from hpc_rl.models.hf.conversion import transforms_of
 from hpc_rl.models.hf.folder import model_folder, weight_files
 from hpc_rl.models.hf.loading import fill, plan_of, realised
 from hpc_rl.models.hf.reading import Reader
@@ -23,7 +23,7 @@ class FileWeights:
         files = weight_files(folder)
         self._module, _ = build_on_meta(folder, spec)
         names = self._module.state_dict(keep_vars=True)
-        self._plan, _ = plan_of(self._module, files, get_model_conversion_mapping(self._module), names)
+        self._plan, _ = plan_of(self._module, files, transforms_of(self._module), names)
         self._reader = Reader(files)
 
     def fill(self, targets: dict[str, Tensor]) -> None:

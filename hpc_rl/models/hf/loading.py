@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from hpc_rl.models.base import ModelError
+from hpc_rl.models.hf.conversion import way_back
 from hpc_rl.models.hf.reading import Reader
 
 LOG = logging.getLogger("hpc_rl.models")
@@ -38,7 +39,7 @@ def load_weights(
 ) -> None:
     """Fill the materialised parameters and persistent buffers of `module` from `files`.
 
-    `transforms` is `get_model_conversion_mapping` of the module before it was sharded; those that
+    `transforms` is `conversion.transforms_of` the module before it was sharded; those that
     matched are left on the module for the way back. `targets` are the tensors to fill by the names of the
     plain model (null: those of `module` itself). Raises ModelError when one is not in the files or has
     another shape there.
@@ -58,8 +59,7 @@ def load_weights(
                     fill(targets[name], source, name)
                     loaded.add(name)
     reader.close()
-    # Which names the files use (there may be several spellings) decides which names we write.
-    module._weight_conversions = [t for t in transforms if t.was_used()]
+    module._weight_conversions = way_back(transforms)
     _check_complete(module, targets, loaded, tied)
     ignored = "|".join(module._keys_to_ignore_on_load_unexpected or []) or r"rotary_emb\.inv_freq"
     unexpected = [name for name in unexpected if not re.search(ignored, name)]
@@ -70,7 +70,7 @@ def load_weights(
 def resolve_names(module: Any, files: dict[str, Path], transforms: list[Any]) -> None:
     """Only note on `module` which of the possible spellings `files` use."""
     plan_of(module, files, transforms, module.state_dict(keep_vars=True))
-    module._weight_conversions = [t for t in transforms if t.was_used()]
+    module._weight_conversions = way_back(transforms)
 
 
 def plan_of(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from hpc_rl.models.base import Media, ModelError, ParallelSpec
 from hpc_rl.models.hf.attention import NotPacked
 from hpc_rl.models.hf.classes import build_on_meta, has_vision
+from hpc_rl.models.hf.conversion import transforms_of
 from hpc_rl.models.hf.folder import fingerprint, model_folder, weight_files
 from hpc_rl.models.hf.freeze import choose_trained
 from hpc_rl.models.hf.loading import load_weights, materialise, move_buffers, resolve_names
@@ -173,12 +174,10 @@ def build(spec: Model, parallel: ParallelSpec, seed: int = 0) -> HfModel:
 
 def _build(spec: Model, parallel: ParallelSpec, seed: int, *, pad: bool) -> HfModel:
     """With `pad`, the attention is Transformers' own (or the recipe's), which reads the padding's mask."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     folder = model_folder(spec.path, spec.revision)
     files = weight_files(folder)
     module, origin = build_on_meta(folder, spec, plain=pad)
-    transforms = get_model_conversion_mapping(module)  # by class name, which sharding changes
+    transforms = transforms_of(module)  # by class name, which sharding changes
     choose_trained(module, spec.train, spec.freeze)
     kind = HfModel
     if spec.lora is not None:
@@ -216,11 +215,9 @@ def _attention(module: Any) -> str:
 
 def skeleton(spec: Model) -> tuple[Any, Path]:
     """`(module on meta, model folder)`: names, shapes and their way to the file's names; no weights."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     folder = model_folder(spec.path, spec.revision)
     module, _ = build_on_meta(folder, spec)
-    resolve_names(module, weight_files(folder), get_model_conversion_mapping(module))
+    resolve_names(module, weight_files(folder), transforms_of(module))
     if spec.lora is not None:
         from hpc_rl.models.hf import lora
 
