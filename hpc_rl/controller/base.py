@@ -246,8 +246,9 @@ class Controller(ABC):
         self.to_policy(m.Stop(self.ending[1]))
         for index in self.members.replicas:
             self.role.bus.send(m.inbox("rollout", index), m.Stop(self.ending[1]))
-        if self.ending[0] == 0:
+        if self.ending[0] == 0 and self.uploads.enabled:
             self.uploads.finish()
+            self.role.phase("upload")
         # Rows held back for an evaluation are in the checkpoint; after the last one nothing may stay back.
         if self.recorder is not None and (self.ending[0] == 0 or not self.recipe.checkpoint.enabled):
             self.recorder.flush()
