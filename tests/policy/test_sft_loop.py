@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from hpc_rl.bus.messages import TrainStep
 from hpc_rl.bus.server import RedisServer
+from hpc_rl.plan.schema import Mesh
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.trainer import NonFiniteError, SpikeError
 from hpc_rl.recipe.schema import Recipe
@@ -31,6 +33,7 @@ from tests.policy.sft_runs import (
     with_eval,
 )  # fmt: skip
 from tests.ranks import run_ranks
+from tests.tiny_models import save_model, save_tokenizer
 from tests.training import make_context, make_plan, make_recipe, make_run
 
 pytestmark = pytest.mark.torch
@@ -66,11 +69,14 @@ def test_interrupted_twice_with_everything_on_it_is_bit_equal(
     trainer.close()
 
 
-def ranks_run(rank: int, world_size: int, root: str, recipe_json: str, bus_file: str, out: str) -> None:
+def ranks_run(
+    rank: int, world_size: int, root: str, recipe_json: str, bus_file: str, out: str, mesh: Mesh
+) -> None:
     recipe = Recipe.model_validate_json(recipe_json)
     run = RunDir(Path(root))
     context = make_context(run, recipe, rank=rank, world_size=world_size, bus_file=Path(bus_file))
-    trainer = Fsdp2Trainer(context)
+    plan = context.plan.model_copy(update={"mesh": mesh})
+    trainer = Fsdp2Trainer(dataclasses.replace(context, plan=plan))
     assert trainer.load() == 0
     evals = [trainer.evaluate(0)["eval/loss"]]
     losses = train(trainer, 1, 3)
@@ -86,11 +92,15 @@ def ranks_run(rank: int, world_size: int, root: str, recipe_json: str, bus_file:
 
 
 @pytest.mark.redis
+@pytest.mark.parametrize("mesh", [Mesh(dp_shard=2), Mesh(tp=2)], ids=["dp_shard", "tp"])
 def test_two_ranks_validate_and_average_as_one_and_resume_on_one(
-    tiny_model: Path, tmp_path: Path, redis_server: RedisServer
+    mesh: Mesh, tmp_path: Path, redis_server: RedisServer
 ) -> None:
+    (tmp_path / "model").mkdir()
+    model = save_tokenizer(save_model(tmp_path / "model", "qwen2", num_key_value_heads=2))
+    optimizer = {**SGD, "groups": [{"match": "norm", "lr": 0.1}]}
     recipe = with_eval(
-        make_recipe(tmp_path, tiny_model, steps=6, optimizer=SGD, ema={"decay": 0.5, "start_step": 1})
+        make_recipe(tmp_path, model, steps=6, optimizer=optimizer, ema={"decay": 0.5, "start_step": 1})
     )
     _, one = fresh(tmp_path / "one", recipe)
     evals = [one.evaluate(0)["eval/loss"]]
@@ -106,7 +116,7 @@ def test_two_ranks_validate_and_average_as_one_and_resume_on_one(
     out = tmp_path / "two.pt"
     run_ranks(
         ranks_run, 2, tmp_path, str(run.root), recipe.model_dump_json(), str(run.bus_file(1)), str(out),
-        group=False,
+        mesh, group=False,
     )  # fmt: skip
     two = torch.load(out)
     assert two["losses"] == pytest.approx(losses, abs=1e-5)
