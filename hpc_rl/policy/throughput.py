@@ -53,6 +53,7 @@ class StepTimer:
             before = moment
         if not self._cuda:
             return found
+        self._events[-2][1].synchronize()  # of the mark after the step's wait: it has passed, or is about to
         if self._late is not None:
             name, start, end = self._late
             found[f"time/{name}_s"] = start.elapsed_time(end) / 1000
