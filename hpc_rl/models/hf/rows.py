@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hpc_rl.models.base import Media, ModelError, ParallelSpec
 from hpc_rl.models.hf import attention
 from hpc_rl.models.hf.classes import has_vision
-from hpc_rl.models.hf.media import PACKED, media_rows, packed_media, padded_media
+from hpc_rl.models.hf.media import PACKED, PackedMedia, media_rows, packed_media, padded_media
 
 LOG = logging.getLogger("hpc_rl.models")
 PACKABLE = {"full_attention", "sliding_attention"}
@@ -50,8 +50,10 @@ def packed(
     inputs: dict[str, Any] = {}
     on_device = positions.to(ids.device, non_blocking=True)
     place, blocks = on_device.unsqueeze(0), None
+    rule = PACKED.get(module.config.model_type, PackedMedia())
+    if rule.mrope:  # text positions, which mark the sequences, and three more
+        place = on_device.expand(4, 1, -1)
     if media is not None and any(media):
-        rule = PACKED[module.config.model_type]
         spans = attention.spans_of(positions)
         inputs, place, blocks = packed_media(module, rule, ids, on_device, spans, media)
     if module.config.get_text_config()._attn_implementation == attention.NAME:
