@@ -320,3 +320,30 @@ def test_cosmos_reason1_rows_and_parts_of_a_chat() -> None:
         {"messages": [{"role": "user", "content": column}, answer], "images": [{"bytes": b"x"}]}, chat
     )
     assert found.images == [{"bytes": b"x"}]
+
+
+def test_chats_and_pictures_in_parquet_and_saved_data_sets(tmp_path: Path) -> None:
+    """Arrow fills every struct with all fields, and `datasets` hands out pictures or bytes."""
+    import datasets
+
+    from hpc_rl.data.rows import load_rows
+
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    picture = Image.fromarray(pixels)
+    user = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
+    messages = [
+        {"role": "user", "content": user, "tool_calls": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "cat"}], "tool_calls": None},
+    ]
+    table = datasets.Dataset.from_dict({"messages": [messages] * 2, "images": [[picture]] * 2})
+    table = table.cast_column("images", datasets.List(datasets.Image()))
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    for name in ("saved", "rows.parquet"):
+        spec = DatasetSpec(path=name, format="chat")
+        row = load_rows(spec, tmp_path)[1]
+        found = conversation_of(row, spec)
+        assert found.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "what?"}]
+        assert found.messages[1] == {"role": "assistant", "content": "cat"}
+        image = MediaFiles(spec, tmp_path).image(found.images[0], "row 1")
+        assert np.array_equal(np.asarray(image), pixels)
