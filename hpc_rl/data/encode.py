@@ -14,7 +14,7 @@ from hpc_rl.data.chat import CHAT_FORMATS, Conversation, as_messages, conversati
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.prompts import Content, completion_of
 from hpc_rl.data.templates import ChatTemplate
-from hpc_rl.data.tokens import Tokens, control_tokens, last_control, mask_of, one_bos, tokenise
+from hpc_rl.data.tokens import Control, Tokens, last_control, mask_of, one_bos, tokenise
 from hpc_rl.data.turns import Rendering, renderings
 from hpc_rl.recipe.schema import DatasetSpec
 
@@ -69,7 +69,7 @@ class Encoder:
     ) -> None:
         self._tokenizer, self._spec, self._max_length, self._media = tokenizer, spec, max_length, media
         self._template = media.template if media else ChatTemplate.of_tokenizer(tokenizer, today=today)
-        self._control = control_tokens(tokenizer)
+        self._control = Control(tokenizer)
         if self._template is None and (spec.format in CHAT_FORMATS or spec.chat or spec.system is not None):
             raise DataError(
                 f"{spec.path}: chat messages (or `system`, or `chat: true`) need a tokenizer with a chat "
@@ -110,7 +110,7 @@ class Encoder:
         if self._media is not None:
             text, spans, tokens, media, never = self._media.encode(rendering, conversation, where)
         else:
-            tokens = tokenise(self._tokenizer, text, spans)
+            tokens = tokenise(self._tokenizer, text, self._control, spans)
         tokens = one_bos(tokens, self._tokenizer.bos_token_id)
         mask = mask_of(tokens, text, spans, self._control)
         for position in never:
@@ -122,13 +122,13 @@ class Encoder:
         """The token that ends the last answer, where the rendering has none: a model must learn to stop."""
         eos = self._tokenizer.eos_token_id
         if rendering.ending is not None:
-            whole = tokenise(self._tokenizer, rendering.ending)
+            whole = tokenise(self._tokenizer, rendering.ending, self._control)
             ending = last_control(whole, rendering.ending, self._control)
             return [token for token in [eos if ending is None else ending] if token is not None]
-        last = max((t for t, learned in enumerate(mask) if learned), default=None)
+        last = next((t for t in range(len(mask) - 1, -1, -1) if mask[t]), None)
         if last is None or tokens.ids[last] in self._control or eos is None:
             return []
-        return [eos] if not text[tokens.regions[last][1] :].strip() else []
+        return [eos] if not text[tokens.ends[last] :].strip() else []
 
     def _plain(self, row: dict[str, Any], where: str) -> Encoded:
         """Without a template: the prompt as the sampler would be asked it, then the completion."""

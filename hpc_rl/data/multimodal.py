@@ -12,12 +12,14 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
 from hpc_rl.data.chat import Conversation, Message
 from hpc_rl.data.encode import Encoded
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.media import MediaFiles
 from hpc_rl.data.templates import ChatTemplate, Span
-from hpc_rl.data.tokens import Tokens, control_tokens, regions_of, tokenise
+from hpc_rl.data.tokens import Control, Tokens, regions_of, tokenise
 from hpc_rl.data.turns import Rendering
 from hpc_rl.data.video import Video
 
@@ -37,7 +39,7 @@ class Multimodal:
         if template is None:
             raise DataError("images and videos need a processor with a chat template")
         self.template: ChatTemplate = template
-        self._control = control_tokens(self._tokenizer)
+        self._control = Control(self._tokenizer)
         self._takes_videos = "video_processor" in processor.get_attributes()
         self._placeholders = frozenset(
             self._tokenizer.convert_tokens_to_ids(list(processor.all_special_multimodal_tokens))
@@ -62,18 +64,16 @@ class Multimodal:
         images = conversation.images[: parts.count("image")]
         videos = conversation.videos[: parts.count("video")]
         if not images and not videos:
-            return text, rendering.spans, tokenise(self._tokenizer, text, rendering.spans, special), None, []
+            tokens = tokenise(self._tokenizer, text, self._control, rendering.spans, special)
+            return text, rendering.spans, tokens, None, []
         output = self._call(text, images, videos, special, where)
         text, spans, media_spans = _expanded(text, rendering.spans, output)
         ids = output["input_ids"][0].tolist()
-        tokens = Tokens(ids, regions_of(output["offset_mapping"][0].tolist(), len(text)))
+        tokens = Tokens(ids, *regions_of(output["offset_mapping"][0].tolist(), len(text)))
         self._check(tokens, text, where)
         never = [t for t, token in enumerate(ids) if token in self._placeholders]
-        starts = [start for start, _ in media_spans]
-        for t, (start, end) in enumerate(tokens.regions):
-            span = bisect_right(starts, start) - 1
-            if span >= 0 and end <= media_spans[span][1]:
-                never.append(t)
+        for start, end in media_spans:
+            never += np.nonzero((tokens.starts >= start) & (tokens.ends <= end))[0].tolist()
         media = {name: torch.as_tensor(value) for name, value in output.items() if name not in _NOT_MEDIA}
         return text, spans, tokens, media, never
 
@@ -112,12 +112,11 @@ class Multimodal:
 
     def _check(self, tokens: Tokens, text: str, where: str) -> None:
         """Control tokens stand where the expanded text has them; else no mask could be trusted."""
-        for token, (start, end) in zip(tokens.ids, tokens.regions, strict=True):
-            if token in self._control and start < end:
-                written = self._tokenizer.convert_ids_to_tokens(token)
-                if text[start:end] != written:
-                    name = type(self._processor).__name__
-                    raise DataError(f"{where}: {name} does not say how it expands images into tokens")
+        for t in self._control.places(tokens.ids).tolist():
+            start, end = int(tokens.starts[t]), int(tokens.ends[t])
+            if start < end and text[start:end] != self._tokenizer.convert_ids_to_tokens(tokens.ids[t]):
+                name = type(self._processor).__name__
+                raise DataError(f"{where}: {name} does not say how it expands images into tokens")
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Token ids with their places in the text, and the loss mask of spans of the text."""
+"""Token ids with their places in the text, and the loss mask of spans of the text. No torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,42 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from hpc_rl.data.templates import Span
+
+Places = npt.NDArray[np.int64]
 
 
 @dataclass
 class Tokens:
-    """`regions[t]` is the part of the text that token t stands for (empty for what a tokenizer adds)."""
+    """Token t stands for the text from `starts[t]` to `ends[t]` (empty for what a tokenizer adds)."""
 
     ids: list[int]
-    regions: list[Span]
+    starts: Places
+    ends: Places
 
 
-def control_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids of tokens that are no text: specials, and added ones such as `<|im_end|>`."""
-    return frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder)
+class Control:
+    """Tokens that are no text: specials, and added ones such as `<|im_end|>`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        ids = sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
+        self._known = np.zeros(max(ids, default=0) + 2, bool)  # the last place: all ids above
+        self._known[ids] = True
+
+    def __contains__(self, token: int) -> bool:
+        return bool(self._known[min(token, len(self._known) - 1)])
+
+    def places(self, ids: list[int]) -> Places:
+        """Positions of control tokens in `ids`."""
+        return np.nonzero(self._known[np.minimum(np.asarray(ids, np.int64), len(self._known) - 1)])[0]
 
 
-def tokenise(tokenizer: Any, text: str, spans: Sequence[Span] = (), special: bool = False) -> Tokens:
+def tokenise(
+    tokenizer: Any, text: str, control: Control, spans: Sequence[Span] = (), special: bool = False
+) -> Tokens:
     """The tokens of the whole text at once; `special` lets the tokenizer add its BOS.
 
     Where what stands before a span would be other tokens if it stood alone, as it does at inference, the
@@ -32,64 +51,65 @@ def tokenise(tokenizer: Any, text: str, spans: Sequence[Span] = (), special: boo
     if not tokenizer.is_fast:
         return _pieces(tokenizer, text, [place for span in spans for place in span], special)
     tokens = _piece(tokenizer, text, 0, special)
-    control = control_tokens(tokenizer)
-    cuts = [start for start, _ in spans if not _is_boundary(tokenizer, text, tokens, start, control)]
+    borders = control.places(tokens.ids)
+    cuts = [start for start, _ in spans if not _is_boundary(tokenizer, text, tokens, start, borders)]
     return _pieces(tokenizer, text, cuts, special) if cuts else tokens
 
 
 def _piece(tokenizer: Any, text: str, shift: int, special: bool) -> Tokens:
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        return Tokens(ids, [(shift, shift + len(text))] * len(ids))
+        return Tokens(ids, np.full(len(ids), shift), np.full(len(ids), shift + len(text)))
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    regions = regions_of(found["offset_mapping"], len(text))
-    return Tokens(list(found["input_ids"]), [(a + shift, b + shift) for a, b in regions])
+    starts, ends = regions_of(found["offset_mapping"], len(text))
+    return Tokens(list(found["input_ids"]), starts + shift, ends + shift)
 
 
 def _pieces(tokenizer: Any, text: str, cuts: Sequence[int], special: bool) -> Tokens:
     places = sorted({0, len(text), *cuts})
-    tokens = Tokens([], [])
-    for start, end in pairwise(places):
-        piece = _piece(tokenizer, text[start:end], start, special and start == 0)
-        tokens.ids += piece.ids
-        tokens.regions += piece.regions
-    return tokens
+    pieces = [
+        _piece(tokenizer, text[start:end], start, special and start == 0) for start, end in pairwise(places)
+    ]
+    return Tokens(
+        [token for piece in pieces for token in piece.ids],
+        np.concatenate([piece.starts for piece in pieces]),
+        np.concatenate([piece.ends for piece in pieces]),
+    )
 
 
-def _is_boundary(tokenizer: Any, text: str, tokens: Tokens, place: int, control: frozenset[int]) -> bool:
+def _is_boundary(tokenizer: Any, text: str, tokens: Tokens, place: int, borders: Places) -> bool:
     """Whether the tokens before `place` are those of the text before it, tokenised alone.
 
     A control token cuts any text, so it is enough to look from the last one on.
     """
-    upto = next((t for t, (_, end) in enumerate(tokens.regions) if end > place), len(tokens.ids))
-    first = next((t for t in range(upto - 1, -1, -1) if tokens.ids[t] in control), 0)
-    if first < upto and tokens.ids[first] in control and tokens.regions[first][1] == place:
+    later = tokens.ends > place
+    upto = int(np.argmax(later)) if later.any() else len(tokens.ids)
+    before = int(np.searchsorted(borders, upto)) - 1
+    first = int(borders[before]) if before >= 0 else 0
+    if before >= 0 and tokens.ends[first] == place and upto == first + 1:
         return True
-    start = tokens.regions[first][0] if first < upto else 0
-    alone = tokenizer(text[start:place], add_special_tokens=False)["input_ids"]
-    while first < upto and tokens.regions[first][0] == tokens.regions[first][1]:
+    while first < upto and tokens.starts[first] == tokens.ends[first]:
         first += 1  # BOS that the tokenizer put in front
+    start = int(tokens.starts[first]) if first < upto else 0
+    alone = tokenizer(text[start:place], add_special_tokens=False)["input_ids"]
     return list(alone) == tokens.ids[first:upto]
 
 
-def regions_of(offsets: Sequence[Sequence[int]], length: int) -> list[Span]:
-    """Offsets as a fast tokenizer gives them, with those of trimmed blanks mended.
+def regions_of(offsets: Sequence[Sequence[int]], length: int) -> tuple[Places, Places]:
+    """Starts and ends from the offsets of a fast tokenizer, with those of trimmed blanks mended.
 
     Byte-level tokenizers trim blanks from offsets: a token of blanks alone has the empty one at their
     end, or at 0 where they begin the text.
     """
-    regions: list[Span] = []
-    following = [length] * len(offsets)
-    for t in range(len(offsets) - 2, -1, -1):
-        start, end = offsets[t + 1]
-        following[t] = start if start < end else following[t + 1]
-    reached = 0
-    for (start, end), next_start in zip(offsets, following, strict=True):
-        if start >= end:
-            start, end = reached, end if end > reached else max(reached, next_start if end else reached)
-        regions.append((start, end))
-        reached = max(reached, end)
-    return regions
+    places = np.asarray(offsets, np.int64).reshape(-1, 2)
+    starts, ends = places[:, 0].copy(), places[:, 1].copy()
+    for t in np.nonzero(starts >= ends)[0].tolist():
+        reached, end = int(ends[:t].max(initial=0)), int(ends[t])
+        full = np.nonzero(starts[t + 1 :] < ends[t + 1 :])[0]
+        following = int(starts[t + 1 + full[0]]) if len(full) else length
+        starts[t] = reached
+        ends[t] = end if end > reached else max(reached, following if end else reached)
+    return starts, ends
 
 
 def one_bos(tokens: Tokens, bos: int | None) -> Tokens:
@@ -97,34 +117,29 @@ def one_bos(tokens: Tokens, bos: int | None) -> Tokens:
     extra = 0
     while bos is not None and tokens.ids[extra : extra + 2] == [bos, bos]:
         extra += 1
-    return Tokens(tokens.ids[extra:], tokens.regions[extra:])
+    return Tokens(tokens.ids[extra:], tokens.starts[extra:], tokens.ends[extra:]) if extra else tokens
 
 
-def mask_of(tokens: Tokens, text: str, spans: Sequence[Span], control: frozenset[int]) -> list[int]:
+def mask_of(tokens: Tokens, text: str, spans: Sequence[Span], control: Control) -> list[int]:
     """1 for every token that overlaps a span, up to the token that ends the turn.
 
     What a template writes after that (a line break) is not the model's to write: inference stops before.
     """
-    mask = [0] * len(tokens.ids)
-    t = 0
+    mask = np.zeros(len(tokens.ids), np.int64)
+    borders = control.places(tokens.ids)
     for start, end in spans:
-        while t < len(mask) and tokens.regions[t][1] <= start:
-            t += 1
-        first = t
-        while t < len(mask) and tokens.regions[t][0] < end:
-            mask[t] = int(tokens.regions[t][0] < tokens.regions[t][1])
-            t += 1
-        ends = [i for i in range(first, t) if tokens.ids[i] in control]
-        if ends and not text[tokens.regions[ends[-1]][1] : end].strip():
-            mask[ends[-1] + 1 : t] = [0] * (t - ends[-1] - 1)
-        # A token may reach over the end of one span into the next.
-        t = max(first, t - 1)
-    return mask
+        inside = (tokens.starts < end) & (tokens.ends > start) & (tokens.starts < tokens.ends)
+        ends = borders[inside[borders]]
+        if len(ends) and not text[tokens.ends[ends[-1]] : end].strip():
+            inside[ends[-1] + 1 :] = False
+        mask[inside] = 1
+    found: list[int] = mask.tolist()
+    return found
 
 
-def last_control(tokens: Tokens, text: str, control: frozenset[int]) -> int | None:
+def last_control(tokens: Tokens, text: str, control: Control) -> int | None:
     """The id of the control token that ends `text` (blanks may follow), or None."""
-    places = [t for t, token in enumerate(tokens.ids) if token in control]
-    if not places or text[tokens.regions[places[-1]][1] :].strip():
+    places = control.places(tokens.ids)
+    if not len(places) or text[tokens.ends[places[-1]] :].strip():
         return None
     return tokens.ids[places[-1]]
