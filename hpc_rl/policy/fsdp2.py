@@ -221,7 +221,7 @@ class Fsdp2Trainer:
         began = time.monotonic()
         self.saver.stage(step, folder, self._state(step).tensors())
         if sync:
-            self._saved = self.saver.wait()
+            self._saved += self.saver.wait()
         return time.monotonic() - began
 
     def _state(self, step: int) -> TrainingState:
