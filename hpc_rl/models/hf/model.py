@@ -160,12 +160,13 @@ def build(spec: Model, parallel: ParallelSpec, seed: int = 0) -> HfModel:
     module, _ = build_on_meta(model_folder(spec.path, spec.revision), spec)
     reason = reason_to_pad(module.config, spec.attn_implementation)
     if not reason:
+        model = _build(spec, parallel, seed, pad=False)
         try:
-            model = _build(spec, parallel, seed, pad=False)
             check_rows(model.module, model.rows, parallel, sharded=model.sharded)
             return model
         except (Leak, NotPacked) as error:
             reason = str(error)
+        del model  # there is not always room for two
     LOG.warning("rows of %s are padded, not packed: %s", type(module).__name__, reason)
     model = _build(spec, parallel, seed, pad=True)
     check_rows(model.module, model.rows, parallel, sharded=model.sharded)
