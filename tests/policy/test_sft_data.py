@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_rl.bus.messages import TrainStep
+from hpc_rl.checkpoint.layout import write_complete
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.rows import load_rows
+from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.sft_data import SftData
 from hpc_rl.policy.sft_rows import RowSource, row_source
 from hpc_rl.recipe.schema import DatasetSpec, Policy
 from hpc_rl.types import TrainSample
 from tests.data.chat_templates import ALL, make_tokenizer
+from tests.training import make_context, make_plan, make_recipe, make_run
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
@@ -227,3 +231,39 @@ def test_validation_is_every_row_once_in_order_on_any_ranks(tmp_path: Path) -> N
         assert parts == [list(data.eval_micro_batches(rank)) for rank in range(ranks)]
         data.close()
     assert seen[0] == seen[1] == list(range(150))
+
+
+def test_a_run_of_token_batches_resumes_bit_equal_from_its_checkpoint(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The position travels with the tensors, other data are refused by the trainer as well."""
+    policy = {"batch_tokens": 32, "micro_batch_tokens": 16, "steps": None, "epochs": 3}
+    recipe = make_recipe(tmp_path, tiny_model, **policy)
+    whole = Fsdp2Trainer(make_context(make_run(tmp_path / "a", recipe, make_plan(recipe)), recipe))
+    whole.load()
+    total = whole.total_steps
+    losses = [whole.train_step(TrainStep(step))["train/loss"] for step in range(1, total + 1)]
+    expected = {name: p.detach().clone() for name, p in whole.model.module.named_parameters()}
+    whole.close()
+
+    run = make_run(tmp_path / "b", recipe, make_plan(recipe))
+    first = Fsdp2Trainer(make_context(run, recipe))
+    first.load()
+    for step in (1, 2, 3):
+        first.train_step(TrainStep(step))
+    first.stage_checkpoint(3, run.checkpoint(3) / "policy", sync=True)
+    assert [result.error for result in first.poll()] == [""]
+    write_complete(run.checkpoint(3))
+    first.close()
+    second = Fsdp2Trainer(make_context(run, recipe, attempt=2))
+    assert (second.load(), second.total_steps) == (3, total)
+    rest = [second.train_step(TrainStep(step))["train/loss"] for step in range(4, total + 1)]
+    assert rest == losses[3:]
+    assert all(torch.equal(p, expected[name]) for name, p in second.model.module.named_parameters())
+    second.close()
+
+    Path(recipe.data.train.path).write_text('{"prompt": "1+1=", "completion": "3"}\n')
+    third = Fsdp2Trainer(make_context(run, recipe, attempt=3))
+    with pytest.raises(DataError, match="the checkpoint was trained on other rows"):
+        third.load()
+    third.close()
