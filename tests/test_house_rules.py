@@ -86,7 +86,8 @@ def test_no_file_names_a_package_index() -> None:
 
 
 def test_nothing_unpickles() -> None:
-    """submitit's own job file is read by submitit; we read no pickle at all."""
+    """submitit's own job file is read by submitit; we read no pickle at all. (One is written: DCP's
+    metadata, for plain DCP to read.)"""
     banned = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
     found = []
     for path in _files("hpc_rl/**/*.py"):
@@ -95,6 +96,7 @@ def test_nothing_unpickles() -> None:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
+                writes = node.module == "pickle" and [alias.name for alias in node.names] == ["dumps"]
+                names = [] if writes else [node.module or ""]
             found += [f"{path.relative_to(ROOT)}:{node.lineno}" for n in names if n.split(".")[0] in banned]
     assert not found, found

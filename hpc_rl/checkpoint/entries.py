@@ -7,6 +7,9 @@ all and cannot interleave with those of training.
 
 from __future__ import annotations
 
+from pathlib import Path
+from pickle import dumps
+
 import msgspec
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.tensor import DTensor
 
 from hpc_rl.checkpoint.blocks import held_blocks, own_blocks
+
+PIECES = ".pieces.json"
 
 
 class Piece(msgspec.Struct):
@@ -109,3 +114,15 @@ def metadata_of(ranks: list[list[Piece]]) -> Metadata:
         storage_meta=StorageMeta(),
         version=CURRENT_DCP_VERSION,
     )
+
+
+# --- on disk -------------------------------------------------------------------------------------------
+def encode_pieces(ranks: list[list[Piece]]) -> tuple[bytes, bytes]:
+    """`(ours, DCP's)`: the pieces of all ranks as JSON, which we read, and DCP's `.metadata`, a pickle that
+    only plain DCP reads: a checkpoint may have come from a place that others can write to."""
+    return msgspec.json.encode(ranks), dumps(metadata_of(ranks))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata of a `policy/` folder. Raises FileNotFoundError, or ValueError for a damaged file."""
+    return metadata_of(msgspec.json.decode((folder / PIECES).read_bytes(), type=list[list[Piece]]))

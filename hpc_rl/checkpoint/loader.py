@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from hpc_rl.checkpoint.entries import PIECES, read_metadata
 from hpc_rl.checkpoint.reader import BlockPlanner, RangeReader
 
 
@@ -24,11 +23,11 @@ class CheckpointError(RuntimeError):
 def tensors_of(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Names of the tensors in `folder` (a `policy/` folder) with their sizes and dtypes."""
     try:
-        metadata = FileSystemReader(folder).read_metadata()
+        metadata = read_metadata(folder)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no finished checkpoint: {error}") from error
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / PIECES} cannot be read: {error}") from error
     return {
         name: entry
         for name, entry in metadata.state_dict_metadata.items()

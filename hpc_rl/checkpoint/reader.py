@@ -2,7 +2,8 @@
 
 torch's own reader loads every saved chunk that a wanted block touches, whole, and cuts the block out. Ours
 knows where the bytes lie in each item (`image`): a block of whole rows is read into its tensor without any
-copy in between; others go through a buffer of at most `BUCKET` bytes. What others wrote is left to torch.
+copy in between; others go through a buffer of at most `BUCKET`
+bytes. The metadata is read from our own JSON (`entries.read_metadata`), no pickle is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from hpc_rl.checkpoint.blocks import held_blocks
+from hpc_rl.checkpoint.entries import read_metadata
 from hpc_rl.checkpoint.image import data_offset
-from hpc_rl.checkpoint.manifest import WRITTEN
 
 BUCKET = 32 << 20
 HEAD = 4096  # more than the archive's bytes before the data
@@ -60,6 +62,9 @@ class BlockPlanner(DefaultLoadPlanner):
 class RangeReader(FileSystemReader):
     """DCP's reader for what `Saver` wrote. Any sharding; only the ranges of this rank are read."""
 
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path))
+
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
@@ -67,8 +72,6 @@ class RangeReader(FileSystemReader):
         self._entries = metadata.state_dict_metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        if not os.path.isfile(os.path.join(self.path, WRITTEN)):
-            return super().read_data(plan, planner)
         files: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             assert item.type == LoadItemType.TENSOR, "our checkpoints hold tensors only"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import pickle
 import selectors
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hpc_rl.checkpoint.entries import Piece, metadata_of, own_pieces
+from hpc_rl.checkpoint.entries import PIECES, Piece, encode_pieces, own_pieces
 from hpc_rl.checkpoint.image import Image, view
 from hpc_rl.checkpoint.manifest import WRITTEN, FileEntry, Written, write_atomic
 from hpc_rl.checkpoint.writer import PAGE, Answer, Report, Request, map_buffer
@@ -82,7 +81,7 @@ class Saver:
         self._preparing = 0  # answers to come that are of no save
         self._ended: list[SaveResult] = []
         self._unfinished: list[_Flight] = []  # on rank 0: waiting for the reports of the others
-        self._metadata: tuple[list[str], bytes] = ([], b"")  # of the layouts with these digests
+        self._metadata: tuple[list[str], bytes, bytes] = ([], b"", b"")  # of layouts with these digests
 
     def prepare(self, nbytes: int = 0) -> None:
         """Start the writer now, and let it make `nbytes` of the buffer real while the model is loaded."""
@@ -301,11 +300,13 @@ class Saver:
         digests = [report.digest for report in reports]
         if self._metadata[0] != digests:  # the same from save to save
             pieces = [msgspec.json.decode(report.pieces, type=list[Piece]) for report in reports]
-            self._metadata = (digests, pickle.dumps(metadata_of(pieces)))
-        data = self._metadata[1]
+            self._metadata = (digests, *encode_pieces(pieces))
+        _, pieces_data, data = self._metadata
         files = {r.file: FileEntry(r.nbytes, r.xxh3) for r in reports if r.nbytes}
-        files[".metadata"] = FileEntry(len(data), xxhash.xxh3_64_hexdigest(data))
+        for name, content in ((PIECES, pieces_data), (".metadata", data)):
+            files[name] = FileEntry(len(content), xxhash.xxh3_64_hexdigest(content))
         write_atomic(folder / WRITTEN, msgspec.json.encode(Written(self.world_size, files)))
+        write_atomic(folder / PIECES, pieces_data)
         write_atomic(folder / ".metadata", data)
 
     def _end(self, flight: _Flight, error: str) -> None:
