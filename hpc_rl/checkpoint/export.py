@@ -31,6 +31,7 @@ LOG = logging.getLogger("hpc_rl.checkpoint")
 FILE_BYTES = 4_000_000_000
 ALIGN = 64
 POLL_S = 0.005
+CLOSE_S = 1.0
 
 
 class Report(msgspec.Struct):
@@ -132,10 +133,11 @@ class Exporter:
         return export
 
     def close(self) -> None:
-        """End the thread; what it has been given is written first, within the limit."""
+        """End the thread. An export that is to be finished is waited for before (`Export.join`): a process
+        that was told to end has no time for it."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join(self.timeout_s)
+            self._thread.join(CLOSE_S)
             self._thread = None
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
@@ -176,9 +178,10 @@ class Exporter:
                     raise ExportError(f"rank 0: {report.error}")
                 self._finish(job)
                 job.export.end()
-            except (OSError, ValueError, ExportError) as error:
+            except Exception as error:  # noqa: BLE001 -- reported, and the run goes on
                 shutil.rmtree(job.folder, ignore_errors=True)
-                job.export.end(str(error))
+                words = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+                job.export.end(words)
 
     def _write(self, job: _Job) -> Report:
         report = Report()
@@ -190,7 +193,7 @@ class Exporter:
             memory = self._buffer.numpy().data
             blocks = ((s.file, s.start, memory[s.at : s.at + s.nbytes]) for s in job.slots)
             report.nbytes = _write_blocks(job.folder, job.layout, blocks)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 -- rank 0 tells
             report.error = f"{type(error).__name__}: {error}"
         try:
             write_atomic(job.folder / self._report(self.rank), msgspec.json.encode(report).decode())
