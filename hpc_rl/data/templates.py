@@ -145,13 +145,18 @@ class ChatTemplate:
 
     def _prints(self, role: str, content: Any) -> bool:
         """Whether the text of a message of this role is in the rendering, and nothing of its quotes."""
-        question = [] if role == "user" else [{"role": "user", "content": "?"}]
+        question = [] if role == "user" else self.prepared([{"role": "user", "content": "?"}])
         message = {"role": role, "content": content}
         try:
             text = self.render([message, *question] if role == "system" else [*question, message])
         except TemplateRefused:
             return False
         return _PROBE in text and "'type'" not in text
+
+    @property
+    def eos(self) -> str:
+        """The end-of-sequence token by its name in the template; empty if the tokenizer has none."""
+        return str(self._variables.get("eos_token") or "")
 
     def _which(self, tools: list[Any] | None) -> str:
         return "tool_use" if tools and "tool_use" in self._sources else "default"

@@ -17,6 +17,7 @@ from hpc_rl.data.chat import Conversation, Message, explain_refusal, text_of
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.templates import ChatTemplate, Span, TemplateRefused
 
+_QUESTION: Message = {"role": "user", "content": "?"}
 _LAST_TAG = re.compile(r"(<[^<>]+>)\s*\Z")
 
 
@@ -64,7 +65,7 @@ def _cover(
 ) -> list[Rendering]:
     """As few renderings as hold every wanted answer as inference would see it; the last answer first."""
     before = {number: _prompt(template, messages[:number], tools) for number in wanted}
-    after = {number: template.render(messages[: number + 1], tools=tools) for number in wanted}
+    after = {number: _turn(template, messages[: number + 1], tools) for number in wanted}
     left, found = list(wanted), []
     while left:
         last = left[-1]
@@ -78,6 +79,22 @@ def _cover(
             found.append(_behind_its_prompt(template, messages[: last + 1], tools, before[last], text))
         left = [n for n in left if n not in held]
     return found[::-1]
+
+
+def _turn(template: ChatTemplate, messages: list[Message], tools: list[object] | None) -> str:
+    """The rendering up to the end of an answer.
+
+    Some templates (Phi-3) close every rendering with EOS, after the token that ends the turn: that is not
+    of the turn, and no history has it there.
+    """
+    text = template.render(messages, tools=tools)
+    if not template.eos or not text.endswith(template.eos):
+        return text
+    open_text, answer = text.removesuffix(template.eos), text_of(messages[-1]["content"]).rstrip()
+    if answer and open_text.rstrip().endswith(answer[-20:]):
+        return text  # it is EOS that ends the turn
+    later = template.render([*messages, _QUESTION], generate=True, tools=tools)
+    return open_text if later.startswith(open_text) and not later.startswith(text) else text
 
 
 def _prompt(template: ChatTemplate, messages: list[Message], tools: list[object] | None) -> str:

@@ -61,6 +61,15 @@ R1 = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}
 {%- else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"""
 
+# Every rendering is closed with EOS, after the token that ends the turn.
+PHI3 = """{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+
+# Parts only: a string has no attributes (LLaVA-NeXT).
+PARTS = """{% for m in messages %}{{ '<|' + m['role'] + '|>' }}
+{%- for part in m['content'] %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}{{ '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
 # Nothing ends a turn but a line break.
 PLAIN = """{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
@@ -68,6 +77,7 @@ PLAIN = """{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{%
 ALL = {
     "mistral": MISTRAL, "gemma": GEMMA, "llama3": LLAMA3, "phi4": PHI4, "qwen3": QWEN3,
     "qwen3_marked": QWEN3_MARKED, "harmony": HARMONY, "r1": R1, "plain": PLAIN,
+    "phi3": PHI3,
 }  # fmt: skip
 CONTROL = (
     "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>",

@@ -10,7 +10,7 @@ import pytest
 from hpc_rl.data.encode import EncodedRow, Encoder
 from hpc_rl.data.errors import DataError
 from hpc_rl.recipe.schema import DatasetSpec
-from tests.data.chat_templates import ALL, make_tokenizer
+from tests.data.chat_templates import ALL, PARTS, make_tokenizer
 
 TURNS = [
     {"role": "user", "content": "two and two?"},
@@ -62,6 +62,7 @@ LEARNED = {
         "<|channel|>final<|message|>the answer is four<|return|>",
     ],
     "r1": ["four</s>", "the answer is four</s>"],
+    "phi3": ["four<|end|>|the answer is four<|end|>"],
     "plain": [" four\n| the answer is four\n</s>"],
 }
 
@@ -130,8 +131,9 @@ def test_bos_comes_at_most_once_and_tokens_are_those_of_the_whole_text(family: s
     for one in row.sequences:
         assert one.token_ids.count(tokenizer.bos_token_id) == int("bos_token" in ALL[family])
     if len(row.sequences) == 1:
-        whole = tokenizer.apply_chat_template(TURNS)["input_ids"]
-        assert row.sequences[0].token_ids[: len(whole)] == list(whole)
+        whole = list(tokenizer.apply_chat_template(TURNS)["input_ids"])
+        whole = whole[:-1] if family == "phi3" else whole  # EOS that closes a rendering, not a turn
+        assert row.sequences[0].token_ids[: len(whole)] == whole
 
 
 def test_the_text_is_cut_where_the_prompt_alone_has_other_tokens() -> None:
@@ -142,6 +144,12 @@ def test_the_text_is_cut_where_the_prompt_alone_has_other_tokens() -> None:
     row = Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": TURNS})
     assert row.sequences[0].token_ids[: len(prompt)] == list(prompt)
     assert learned(tokenizer, row) == LEARNED["llama3"]
+
+
+def test_templates_that_take_parts_only_get_parts() -> None:
+    tokenizer = make_tokenizer(PARTS)
+    row = Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": TURNS})
+    assert learned(tokenizer, row) == ["four<|end|>|the answer is four<|end|>"]
 
 
 def test_bos_of_template_and_text_are_one() -> None:
