@@ -174,7 +174,7 @@ class Exporter:
                 job.export.end(report.error or None)
                 continue
             try:
-                if report.error:
+                if report.error and not (job.folder / self._report(0)).is_file():
                     raise ExportError(f"rank 0: {report.error}")
                 self._finish(job)
                 job.export.end()
@@ -206,7 +206,8 @@ class Exporter:
         return f".rank_{rank}.json"
 
     def _finish(self, job: _Job) -> None:
-        """On rank 0: wait for the others, check that every byte was written, publish."""
+        """On rank 0: wait for the others (who would make a folder anew that is removed too early), check
+        that every byte was written, publish."""
         reports = [job.folder / self._report(rank) for rank in range(self.world_size)]
         deadline = time.monotonic() + self.timeout_s
         while not all(report.is_file() for report in reports):

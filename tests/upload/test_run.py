@@ -66,7 +66,7 @@ def test_a_store_that_is_away_costs_the_run_nothing_and_is_made_up_for_by_hand(
     workspace: Path, s3_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # check warns, nobody listens
-    path = recipe(workspace, "all")
+    path = recipe(workspace, "final")
     run = Run.submit(path)
     status = run.complete(timeout_s=300)
     assert status["step"] == 10
