@@ -18,8 +18,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tokenizer(save_model(folder, "qwen2"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One for each test, as for each attempt of a run: ranks must not meet at another group's addresses."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server
