@@ -57,8 +57,8 @@ def make_processor() -> LlavaProcessor:
 def make_model(seed: int, vocab_size: int) -> LlavaForConditionalGeneration:
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        image_size=SIZE, patch_size=PATCH, projection_dim=64, initializer_factor=2.0,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        image_size=SIZE, patch_size=PATCH, projection_dim=128, initializer_factor=2.0,
     )  # fmt: skip
     text = Qwen2Config(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
