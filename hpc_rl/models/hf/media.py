@@ -144,7 +144,14 @@ def _batched(media: Sequence[Media | None], lengths: list[int], device: torch.de
     """Mllama's fields have a row per sequence and a column per image: `pixel_values` [B, I, tiles, C, H, W],
     `aspect_ratio_ids` [B, I], `aspect_ratio_mask` [B, I, tiles], `cross_attention_mask` [B, L, I, tiles]."""
     some = next(one for one in media if one)
-    images = max(one["pixel_values"].shape[1] for one in media if one)
+    counts = {one["pixel_values"].shape[1] for one in media if one}
+    if len(counts) > 1:
+        # Text before a sequence's first image attends evenly to every image of the batch, padding included.
+        raise ModelError(
+            f"sequences with {' and '.join(map(str, sorted(counts)))} images cannot share a forward of "
+            "mllama; set policy.micro_batch_size to 1"
+        )
+    (images,) = counts
     batch, longest = len(media), max(lengths)
     inputs = {}
     for name, value in some.items():
