@@ -149,7 +149,7 @@ def test_a_broken_site_profile_stops_nothing_else(tmp_path: Path) -> None:
 
 def test_a_recipe_that_does_not_exist_or_is_no_yaml(tmp_path: Path) -> None:
     refused(tmp_path / "absent.yaml", words=("absent.yaml",))
-    refused(tmp_path / "gsm8k-grop", words=("Did you mean 'gsm8k-grpo'? Shipped recipes: gsm8k-grpo, ",))
+    refused(tmp_path / "gsm8k-grop", words=("Did you mean 'gsm8k-grpo'? Shipped recipes: ", " gsm8k-grpo, "))
     make_recipe(tmp_path)
     refused(tmp_path / "recpie.yaml", words=("Did you mean 'recipe.yaml'?",))
     (tmp_path / "folder").mkdir()
