@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hpc_rl.checkpoint import reader
+from hpc_rl.checkpoint.entries import PIECES
 from hpc_rl.checkpoint.loader import CheckpointError, load_into
 from hpc_rl.checkpoint.saver import Saver
 from tests.ranks import run_ranks
@@ -142,8 +143,8 @@ def test_files_that_end_early_or_hold_something_else_are_named(tmp_path: Path) -
     data.write_bytes(bytes(50_000))
     with pytest.raises(CheckpointError, match="no tensor at byte 0, where a is"):
         load_into(tmp_path / "c", {"a": torch.zeros_like(value)})
-    (tmp_path / "c" / ".metadata").write_bytes(b"\\x80not a pickle")
-    with pytest.raises(CheckpointError, match="metadata cannot be read"):
+    (tmp_path / "c" / PIECES).write_bytes(b"[[{not JSON")
+    with pytest.raises(CheckpointError, match=r"\.pieces\.json cannot be read"):
         load_into(tmp_path / "c", {"a": torch.zeros_like(value)})
 
 
