@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from hpc_rl.checkpoint.loader import CheckpointError
+from hpc_rl.checkpoint.saver import Saver
 from hpc_rl.policy.ema import WeightAverage
 from hpc_rl.policy.guard import SpikeGuard
 from hpc_rl.policy.optimizer import make_optimizer
@@ -30,6 +30,13 @@ def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingSta
     return TrainingState(module, optimizer, None, None, 1, 0)
 
 
+def save(folder: Path, state: TrainingState) -> None:
+    saver = Saver(0, 1, "t")
+    saver.stage(1, folder, state.tensors())
+    assert [result.error for result in saver.wait()] == [""]
+    saver.close()
+
+
 def step(module: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
     module["used"](torch.ones(2, 4)).square().sum().backward()
     optimizer.step()
@@ -40,11 +47,7 @@ def test_parameters_that_never_had_a_gradient_resume_too(tmp_path: Path) -> None
     """As a vision tower under training with text alone."""
     module, optimizer = make(0)
     step(module, optimizer)
-    dcp.save(
-        state_of(module, optimizer).tensors(),
-        checkpoint_id=tmp_path / "c",
-        no_dist=True,
-    )
+    save(tmp_path / "c", state_of(module, optimizer))
     again, its_optimizer = make(1)
     assert state_of(again, its_optimizer).restore(tmp_path / "c") == 1
     assert len(its_optimizer.state) == len(optimizer.state) == 2
@@ -56,11 +59,7 @@ def test_parameters_that_never_had_a_gradient_resume_too(tmp_path: Path) -> None
 
 def test_a_checkpoint_without_any_optimizer_state_is_refused(tmp_path: Path) -> None:
     module, optimizer = make(0)
-    dcp.save(
-        state_of(module, optimizer).tensors(),
-        checkpoint_id=tmp_path / "c",
-        no_dist=True,
-    )
+    save(tmp_path / "c", state_of(module, optimizer))
     with pytest.raises(CheckpointError, match=r"lacks 12 tensors: optim\."):
         state_of(*make(1)).restore(tmp_path / "c")
 
@@ -71,7 +70,7 @@ def test_optimizer_state_goes_by_name_not_by_group(tmp_path: Path) -> None:
         module[part](torch.ones(2, 4)).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
-    dcp.save(state_of(module, optimizer).tensors(), checkpoint_id=tmp_path / "c", no_dist=True)
+    save(tmp_path / "c", state_of(module, optimizer))
     again, _ = make(1)
     # "unused" first, and what was two groups is four
     groups = [{"match": "unused", "lr": 0.1}]
@@ -87,7 +86,7 @@ def test_an_average_and_a_window_that_are_not_in_the_checkpoint_start_anew(
 ) -> None:
     module, optimizer = make(0)
     step(module, optimizer)
-    dcp.save(state_of(module, optimizer).tensors(), checkpoint_id=tmp_path / "c", no_dist=True)
+    save(tmp_path / "c", state_of(module, optimizer))
     again, its_optimizer = make(1)
     average, guard = WeightAverage(again, Ema(decay=0.9)), SpikeGuard(Guard(spike=2.0, window=4))
     guard.judge(1.0)
