@@ -118,13 +118,29 @@ def test_what_cannot_be_packed_is_padded_and_said(
 
 def test_an_image_at_the_start_of_a_sequence_does_not_see_the_padding() -> None:
     """Padding repeats the first token, which here belongs to an image."""
-    torch.manual_seed(0)
     positions = torch.cat([torch.arange(5), torch.arange(8)])
     blocks = torch.tensor([0, 0, 0, -1, -1, -1, 1, 1, 1, -1, -1, -1, -1])
     layout = attention.layout_of(positions, blocks)
     (stack,) = layout.stacks
     assert (stack.count, stack.width) == (2, 8)
-    q, k, v = torch.randn(3, 1, 2, 13, 4)
+    same_as_alone(layout, positions, blocks)
+
+
+def test_sequences_of_one_length_with_and_without_an_image() -> None:
+    """They are in two stacks, so neither stack is the row itself."""
+    positions = torch.cat([torch.arange(8), torch.arange(8)])
+    blocks = torch.tensor([-1, 0, 0, *[-1] * 5, *[-1] * 8])
+    for numbers in (blocks, blocks.roll(8)):
+        layout = attention.layout_of(positions, numbers)
+        assert len(layout.stacks) == 2
+        same_as_alone(layout, positions, numbers)
+    assert attention.layout_of(positions, torch.full((16,), -1)).in_order
+
+
+def same_as_alone(layout: attention.PackedLayout, positions: torch.Tensor, blocks: torch.Tensor) -> None:
+    """Attention with a window of 2 and images in both directions, against each sequence by itself."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, len(positions), 4)
     ours, _ = attention.packed_attention(None, q, k, v, None, packed_layout=layout, sliding_window=2)
     for start, end in attention.spans_of(positions):
         i = torch.arange(end - start)

@@ -41,8 +41,8 @@ class Stack:
 @dataclass(frozen=True)
 class PackedLayout:
     """Where the sequences of a packed row are. `restore` [T] brings the concatenated outputs of all
-    stacks back into the row's order. `in_order`: all sequences are of one length, so that the one stack
-    is the row itself, and nothing has to be copied."""
+    stacks back into the row's order. `in_order`: there is one stack, of sequences of one length, which is
+    the row itself, and nothing has to be copied."""
 
     stacks: list[Stack]
     restore: Tensor
@@ -85,8 +85,10 @@ def layout_of(
         ours = torch.where(inside, own_blocks[gather], -1).to(device) if images else None
         stacks.append(Stack(gather.flatten().to(device), len(spans), width, ours))
         filled += gather.numel()
+    # Sequences of one length may still be in two stacks: with and without images.
     lengths_seen = {length for spans in by_size.values() for _, length in spans}
-    return PackedLayout(stacks, homes.to(device), in_order=len(lengths_seen) == 1)
+    in_order = len(stacks) == 1 and len(lengths_seen) == 1
+    return PackedLayout(stacks, homes.to(device), in_order)
 
 
 def no_mask(device: torch.device) -> Tensor:
