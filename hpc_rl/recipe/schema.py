@@ -50,7 +50,8 @@ class Section(BaseModel):
 class Lora(Section):
     """Low-rank adapters through PEFT; the other weights are frozen (`modules_to_save` excepted).
 
-    `target_modules` are names or patterns as PEFT takes them. `adapter` is a saved adapter to go on from.
+    `target_modules` are names or patterns as PEFT takes them. `adapter` is a saved adapter to go on from:
+    rank, scale and targets are its own then, `dropout` is the recipe's.
     """
 
     r: Positive = 16

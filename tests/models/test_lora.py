@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hpc_rl.checkpoint.export import Export, write_now
 from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.hf import rows
 from hpc_rl.models.hf.adapted import AdaptedModel, adapter_export
 from hpc_rl.models.hf.model import build
 from hpc_rl.recipe.schema import Lora, Model
@@ -81,6 +82,24 @@ def test_adapted_merged_and_saved_are_one_model(family: str, options: dict[str, 
     again = adapted(folder, **options, adapter=str(out / "adapter"))
     with torch.no_grad():
         assert torch.equal(again.logits(IDS, POSITIONS, torch.arange(15)), ours)
+
+
+def test_an_adapter_that_was_trained_with_dropout_can_be_gone_on_from(tmp_path: Path) -> None:
+    """Rows stay packed (dropout is no leak), and the dropout is that of the recipe."""
+    folder = save_model(tmp_path / "base", "qwen2")
+    model = adapted(folder, dropout=0.5)
+    assert model.module.training
+    stir(model)
+    source, also = adapter_export(model, Lora(r=4, alpha=8, dropout=0.5))
+    out = write_now(source, Export(tmp_path / "out", folder, None, torch.float32, also), tmp_path / ".out")
+    saved = peft.LoraConfig.from_pretrained(str(out / "adapter"))
+    assert saved.lora_dropout == 0.5
+    for dropout in (0.0, 0.5):
+        again = adapted(folder, dropout=dropout, adapter=str(out / "adapter"))
+        assert again.rows is rows.packed
+        with torch.no_grad():
+            first, second = (again.logits(IDS, POSITIONS, torch.arange(15)) for _ in range(2))
+        assert torch.equal(first, second) == (dropout == 0.0)
 
 
 def test_an_adapter_can_be_exported_alone(tmp_path: Path) -> None:

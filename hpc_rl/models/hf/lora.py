@@ -66,6 +66,7 @@ def _config(spec: Lora, base: str, module: Any) -> LoraConfig:
             raise ModelError(f"model.lora.adapter: {folder} has no {CONFIG}")
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = False
+        config.lora_dropout = spec.dropout  # of the training, not of the adapter; the recipe says it
         return config
     return LoraConfig(
         r=spec.r,
