@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpc_rl.algorithms.base import Algorithm, LossOutput
 from hpc_rl.algorithms.log_probs import token_log_probs
+from hpc_rl.data.errors import DataError
 from hpc_rl.models.base import ModelAdapter
 from hpc_rl.policy.batching import PackedBatch, pack_samples
 from hpc_rl.types import TrainSample
@@ -122,7 +123,8 @@ class StepRunner:
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[list[TrainSample]]) -> dict[str, float]:
         """Mean negative log-likelihood per trained token, over all ranks; every rank has equally many
-        micro-batches. Gradients, RNG and the optimizer stay as they are."""
+        micro-batches. Gradients, RNG and the optimizer stay as they are. Raises DataError, on all ranks,
+        where there is no such token: a loss of 0 would be the best one for good."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         module = self.model.module
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
@@ -139,7 +141,13 @@ class StepRunner:
         if self.ranks.world_size > 1:
             dist.all_reduce(sums)
         total, tokens = (sums / self.ranks.tp).tolist()
-        loss = -total / max(tokens, 1.0)
+        if tokens == 0:
+            raise DataError(
+                "the validation rows (data.eval, or data.holdout of data.train) have no token to learn: "
+                "sequences above policy.max_length are cut or dropped (overlong of their section), and one "
+                "without a trained token is dropped. Raise policy.max_length or give other validation rows"
+            )
+        loss = -total / tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/tokens": tokens}
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from hpc_rl.bus.messages import TrainStep
 from hpc_rl.bus.server import RedisServer
+from hpc_rl.data.errors import DataError
 from hpc_rl.plan.schema import Mesh
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.trainer import NonFiniteError, SpikeError
@@ -244,3 +245,15 @@ def test_rates_and_times_are_reported_and_the_profile_is_written(tiny_model: Pat
     assert trace.name == "rank_0_steps_2-3.json"
     events = json.loads(trace.read_text())["traceEvents"]
     assert any(event.get("name") == "aten::mm" for event in events)
+
+
+def test_validation_rows_of_which_nothing_is_left_are_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    """A loss of 0 would be the best checkpoint for good."""
+    recipe = make_recipe(tmp_path, tiny_model, max_length=8)
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text('{"prompt": "1+1+1+1+1+1=", "completion": "6"}\n' * 5)
+    data = recipe.data.model_dump() | {"eval": {"path": str(held_out), "format": "prompt_completion"}}
+    _, trainer = fresh(tmp_path, Recipe.model_validate(recipe.model_dump() | {"data": data}))
+    with pytest.raises(DataError, match=r"data\.eval, or data\.holdout .* policy\.max_length"):
+        trainer.evaluate(0)
+    trainer.close()
