@@ -144,7 +144,7 @@ class Fsdp2Trainer:
         if denominator == 0:  # nothing to train on, on any rank: not even momentum may move the weights
             self.step = command.step
             self.profiler.after(command.step)
-            return {"train/skipped": 1.0}
+            return {"train/skipped": 1.0} | (self.sft.skipped(command.step) if self.sft is not None else {})
         self.timer.mark("data")
         totals = self.runner.forward_backward(micro_batches, denominator)
         self.timer.mark("forward_backward")

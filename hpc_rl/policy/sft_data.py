@@ -32,6 +32,7 @@ from hpc_rl.types import TrainSample
 
 LOG = logging.getLogger("hpc_rl.policy")
 COUNTS = ("repaired", "truncated", "dropped")
+EMPTY_STEPS_LIMIT = 10
 
 
 @dataclass
@@ -61,6 +62,15 @@ class _Step:
         return samples_of(ordinal, row)
 
 
+@dataclass
+class _Empty:
+    """`steps` in a row of which nothing was left to learn, up to `last`; `began` is the position before."""
+
+    last: int
+    began: int
+    steps: int = 1
+
+
 class SftData:
     """Sequences of the recipe's training data, step by step."""
 
@@ -87,6 +97,7 @@ class SftData:
         self._at, self._now = Position(), _Step(0, [])
         self._batcher = self._make_batcher()
         self._waiting: dict[Key, TrainSample] = {}
+        self._before, self._empty = 0, _Empty(-1, 0)  # `_before`: the position before the newest step
         self._lengths: list[list[int]] | None = None
         self._workers = workers
 
@@ -147,6 +158,12 @@ class SftData:
                     self._waiting[(ordinal, sample.sample)] = sample
         for key in self._at.waiting:
             assert self._batcher is not None
+            if key not in self._waiting:
+                raise DataError(
+                    f"sequence {key[1]} of row {self.row(key[0])} waited for its step at the checkpoint, "
+                    "and is not made of that row any more: has the tokenizer, its chat template or "
+                    "policy.max_length changed? Start a new run from the exported weights"
+                )
             self._batcher.add(key, len(self._waiting[key].token_ids))
 
     def _make_batcher(self) -> TokenBatcher | None:
@@ -195,6 +212,24 @@ class SftData:
         found = {f"data/{name}": count for name, count in self._at.counts.items()}
         return {"data/epoch": self._at.cursor / len(self._rows)} | found
 
+    def skipped(self, step: int) -> dict[str, float]:
+        """The metrics of a step that had no token to train on, the same on every rank.
+
+        One such step is bad luck. Raises DataError after ten in a row, and after a whole epoch of them.
+        """
+        now = self._empty
+        if now.last == step - 1:
+            now.last, now.steps = step, now.steps + 1
+        elif now.last != step:
+            now = self._empty = _Empty(step, self._before)
+        rows = self._at.cursor - now.began
+        if now.steps >= EMPTY_STEPS_LIMIT or rows >= len(self._rows):
+            counts = ", ".join(f"{self._at.counts[name]:.0f} {name}" for name in COUNTS[1:])
+            raise self._nothing(
+                f"{now.steps} steps in a row ({rows} rows; {counts} since the run began) have"
+            )
+        return self.metrics()
+
     def row(self, ordinal: int) -> int:
         """The number in its file of the row that the sample with this ordinal is made of."""
         if ordinal < 0:
@@ -228,6 +263,7 @@ class SftData:
 
     def _take(self, step: int) -> _Step:
         if step != self._now.step:
+            self._before = self._at.cursor
             self._now = self._by_tokens(step) if self._batcher is not None else self._by_rows(step)
         return self._now
 
@@ -260,6 +296,8 @@ class SftData:
         now = _Step(step, [], [])
         cursor = began = self._at.cursor
         while self._batcher.hungry and (self._end is None or cursor < self._end):
+            if cursor - began >= len(self._rows) and not self._waiting:  # it would go round for ever
+                raise self._nothing(f"a whole epoch ({len(self._rows)} rows) has")
             self._stream.want(self._mine(cursor, 64))
             for sample in now.add(cursor, self._stream.take(cursor)):
                 key = (cursor, sample.sample)
@@ -291,6 +329,8 @@ class SftData:
                 "policy.epochs with policy.batch_tokens: counting the tokens of %d rows", len(self._rows)
             )
             self._lengths = self._source.lengths(self._workers)
+            if not any(self._lengths):
+                raise self._nothing(f"all {len(self._lengths)} rows have")
         batcher = replace(self._batcher, waiting=list(self._batcher.waiting))
         cursor, steps = self._at.cursor, 0
         while True:
@@ -301,6 +341,15 @@ class SftData:
             if not batcher.take():
                 return steps
             steps += 1
+
+    def _nothing(self, what: str) -> DataError:
+        """`what` ends in "has" or "have"."""
+        limit, overlong = self._policy.max_length, self._source.spec.overlong
+        return DataError(
+            f"{what} no token to train on ({self._rows.name}): sequences above policy.max_length ({limit}) "
+            f"are cut or dropped (data.train.overlong: {overlong}), and one without a trained token is dropped. "
+            "Raise policy.max_length, or look at what data.train's format and columns say is trained"
+        )
 
     def _with_picture(self, samples: list[TrainSample]) -> list[TrainSample]:
         """With a blank picture where there is none and every forward needs one."""

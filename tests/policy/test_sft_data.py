@@ -198,6 +198,59 @@ def test_rows_that_fork_or_are_dropped_are_counted(tmp_path: Path) -> None:
         assert data.metrics()["data/repaired"] == 4.0
 
 
+def test_steps_of_which_nothing_is_left_end_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    """One is skipped and counted; a whole epoch of them, or ten in a row, is a mistake somewhere."""
+    recipe = make_recipe(tmp_path, tiny_model, max_length=2)  # ten rows in steps of 4
+    trainer = Fsdp2Trainer(make_context(make_run(tmp_path / "a", recipe, make_plan(recipe)), recipe))
+    trainer.load()
+    for step in (1, 2):
+        found = trainer.train_step(TrainStep(step))
+        assert (found["train/skipped"], found["data/dropped"]) == (1.0, 4.0 * step)
+    with pytest.raises(
+        DataError, match=r"3 steps .*12 dropped .* policy\.max_length \(2\) .*data\.train\.overlong"
+    ):
+        trainer.train_step(TrainStep(3))
+    trainer.close()
+
+    data = make(write(tmp_path), max_length=2, batch_size=4)
+    for step in range(1, 10):
+        assert data.micro_batches(step, 0)[1] == 0
+        assert data.skipped(step)["data/dropped"] == 4.0 * step
+    data.micro_batches(10, 0)
+    with pytest.raises(DataError, match=r"10 steps in a row \(40 rows"):
+        data.skipped(10)
+
+
+def test_skipped_steps_with_trained_ones_between_them_go_on(tmp_path: Path) -> None:
+    """Most rows are too long and dropped, but never ten one after the other."""
+    spec = write(tmp_path).model_copy(update={"overlong": "drop", "shuffle": False})
+    data = make(spec, max_length=40, batch_size=1, steps=240)
+    skipped = 0
+    for step in range(1, 241):
+        if data.micro_batches(step, 0)[1] == 0:
+            data.skipped(step)
+            skipped += 1
+    assert 60 < skipped < 240
+
+
+def test_token_batches_of_rows_that_are_all_dropped_end(tmp_path: Path) -> None:
+    spec = write(tmp_path)
+    with pytest.raises(DataError, match=r"a whole epoch \(60 rows\) has no token"):
+        make(spec, max_length=2, **TOKENS).samples(1)
+    with pytest.raises(DataError, match="all 60 rows have no token"):
+        assert make(spec, max_length=2, **TOKENS, steps=None, epochs=1).total_steps
+
+
+def test_a_sequence_that_waited_and_is_not_made_any_more_is_named(tmp_path: Path) -> None:
+    spec = write(tmp_path).model_copy(update={"overlong": "drop"})
+    data = make(spec, **TOKENS)
+    data.samples(1)
+    saved = data.state()
+    assert json.loads(saved)["waiting"]
+    with pytest.raises(DataError, match=r"sequence 0 of row \d+ waited"):
+        make(spec, max_length=8, **TOKENS).load_state(saved)
+
+
 def test_holdout_rows_are_never_trained_on(tmp_path: Path) -> None:
     spec = write(tmp_path)
     rows = load_rows(spec)
