@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 
 from hpc_rl.data.chat import Conversation, Message, explain_refusal, text_of
 from hpc_rl.data.errors import DataError
@@ -19,6 +20,8 @@ from hpc_rl.data.templates import ChatTemplate, Span, TemplateRefused
 
 _QUESTION: Message = {"role": "user", "content": "?"}
 _LAST_TAG = re.compile(r"(<[^<>]+>)\s*\Z")
+_PROBE = "\ue0f2"  # private use: no text of a data set has it, and no template tests for it
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,12 @@ def renderings(
         raise DataError(f"{where}: the messages must end with an assistant message to learn")
     wanted = answers if train_on == "assistant" else answers[-1:]
     try:
-        found = _cover(template, messages, tools, wanted)
-        if len(found) > 1 or found[0].ending is not None:
+        lost = None
+        try:
+            found = _cover(template, messages, tools, wanted)
+        except _Lost as error:
+            lost, found = error, []
+        if len(found) != 1 or found[0].ending is not None:
             text, spans = template.marked(messages, tools)
             if spans:
                 if len(spans) != len(answers) and train_on != "assistant":
@@ -54,6 +61,8 @@ def renderings(
                 elif len(spans) == len(answers):
                     spans = [span for span, number in zip(spans, answers, strict=True) if number in wanted]
                 return [Rendering(text, spans, len(messages))]
+        if lost is not None:
+            raise DataError(f"{where}: {lost}") from lost
     except TemplateRefused as error:
         why = explain_refusal(messages)
         raise DataError(f"{where}: {why + ': ' if why else ''}{error}") from error
@@ -64,7 +73,7 @@ def _cover(
     template: ChatTemplate, messages: list[Message], tools: list[object] | None, wanted: list[int]
 ) -> list[Rendering]:
     """As few renderings as hold every wanted answer as inference would see it; the last answer first."""
-    before = {number: _prompt(template, messages[:number], tools) for number in wanted}
+    before = {number: _prompt(template, messages, tools, number) for number in wanted}
     after = {number: _turn(template, messages[: number + 1], tools) for number in wanted}
     left, found = list(wanted), []
     while left:
@@ -97,9 +106,26 @@ def _turn(template: ChatTemplate, messages: list[Message], tools: list[object] |
     return open_text if later.startswith(open_text) and not later.startswith(text) else text
 
 
-def _prompt(template: ChatTemplate, messages: list[Message], tools: list[object] | None) -> str:
-    """What inference is given before an answer."""
-    return template.render(messages, generate=True, tools=tools) if messages else ""
+def _prompt(template: ChatTemplate, messages: list[Message], tools: list[object] | None, number: int) -> str:
+    """What inference is given before answer `number`.
+
+    An answer that begins the chat has nothing that a template must render: it is what the answer's
+    rendering has in common with another answer's (a default system text, the assistant's marker).
+    """
+    if number:
+        return template.render(messages[:number], generate=True, tools=tools)
+    probe = {"role": "assistant", "content": _like(messages[0]["content"], _PROBE)}
+    texts = [template.render([message], tools=tools) for message in (messages[0], probe)]
+    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    question = template.prepared([_QUESTION])
+    asked = template.render(question, tools=tools)
+    marker = template.render(question, generate=True, tools=tools).removeprefix(asked)
+    at = common.rfind(marker) if marker else -1
+    return common[: at + len(marker)] if at >= 0 else common
+
+
+class _Lost(ValueError):
+    """An answer that cannot be put behind its prompt without losing a part of it."""
 
 
 def _behind_its_prompt(
@@ -108,11 +134,50 @@ def _behind_its_prompt(
     """The prompt as inference has it, then the answer as the row has it.
 
     For templates whose prompt opens what their history leaves out (`<think>` after the assistant's
-    marker). An answer that begins with the tag that the prompt ends with does not repeat it.
+    marker). An answer that begins with the tag that the prompt ends with does not repeat it; thoughts in a
+    field of their own come first, and the tag is closed behind them; tool calls follow as the template
+    writes them. Raises _Lost.
     """
     answer = text_of(messages[-1]["content"])
     opened = prompt.removeprefix(template.render(messages[:-1], tools=tools))
     tag = _LAST_TAG.search(opened)
     if tag is not None and answer.lstrip().startswith(tag[1]):
         answer = answer.lstrip().removeprefix(tag[1]).lstrip("\n")
-    return Rendering(prompt + answer, [(len(prompt), len(prompt + answer))], len(messages), ending=whole)
+    name = f"message {len(messages) - 1} (assistant)"
+    field = next((key for key in _THOUGHTS if messages[-1].get(key)), None)
+    if field is not None:
+        if tag is None or not re.fullmatch(r"<\w+>", tag[1]):
+            raise _Lost(
+                f"{name} has a {field!r} that the chat template leaves out; write it into the content"
+            )
+        closing = tag[1].replace("<", "</")
+        if closing not in answer:
+            answer = f"{str(messages[-1][field]).strip()}\n{closing}\n\n{answer.lstrip()}"
+    calls = _calls(template, messages, tools) if messages[-1].get("tool_calls") else ""
+    if (prompt + answer).endswith("\n"):
+        calls = calls.lstrip("\n")
+    text = prompt + answer + calls
+    return Rendering(text, [(len(prompt), len(text))], len(messages), ending=whole)
+
+
+def _calls(template: ChatTemplate, messages: list[Message], tools: list[object] | None) -> str:
+    """The tool calls of the last message as the template writes them behind a content."""
+    probe = {**messages[-1], "content": _like(messages[-1]["content"], _PROBE)}
+    silent = {name: value for name, value in probe.items() if name != "tool_calls"}
+    lost = (
+        f"message {len(messages) - 1} (assistant) has tool calls that the chat template does not write "
+        "behind a content; write them into the content"
+    )
+    try:
+        texts = [template.render([*messages[:-1], last], tools=tools) for last in (probe, silent)]
+    except TemplateRefused as error:
+        raise _Lost(f"{lost} ({error})") from error
+    (_, found, tail), (_, _, end) = (text.rpartition(_PROBE) for text in texts)
+    if not found or tail == end or not tail.endswith(end):
+        raise _Lost(lost)
+    return tail.removesuffix(end)
+
+
+def _like(content: str | list[Message], text: str) -> str | list[Message]:
+    """The text in the form (text or parts) that the content has."""
+    return text if isinstance(content, str) else [{"type": "text", "text": text}]

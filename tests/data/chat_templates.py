@@ -61,6 +61,14 @@ R1 = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}
 {%- else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"""
 
+# The prompt opens a thought, history drops it, and tool calls follow the answer (QwQ).
+QWQ = """{% for m in messages %}{% if m['role'] == 'assistant' %}
+{{- '<|im_start|>assistant' }}{% set text = m['content'].split('</think>')[-1].lstrip('\n') %}{{ '\n' + text if text }}
+{%- for call in m.get('tool_calls', []) %}{{ '\n<tool_call>' + call.function.arguments | tojson + '</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\n' }}
+{%- else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"""
+
 # Every rendering is closed with EOS, after the token that ends the turn.
 PHI3 = """{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
@@ -77,7 +85,7 @@ PLAIN = """{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{%
 ALL = {
     "mistral": MISTRAL, "gemma": GEMMA, "llama3": LLAMA3, "phi4": PHI4, "qwen3": QWEN3,
     "qwen3_marked": QWEN3_MARKED, "harmony": HARMONY, "r1": R1, "plain": PLAIN,
-    "phi3": PHI3,
+    "phi3": PHI3, "qwq": QWQ,
 }  # fmt: skip
 CONTROL = (
     "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>",

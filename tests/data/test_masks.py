@@ -63,6 +63,7 @@ LEARNED = {
     ],
     "r1": ["four</s>", "the answer is four</s>"],
     "phi3": ["four<|end|>|the answer is four<|end|>"],
+    "qwq": ["four<|im_end|>", "the answer is four<|im_end|>"],
     "plain": [" four\n| the answer is four\n</s>"],
 }
 
@@ -105,11 +106,58 @@ def test_the_thoughts_of_each_turn_are_learned_where_history_drops_them() -> Non
     assert learned(tokenizer, row) == ["hm\n</think>\n\nfour</s>", "well\n</think>\n\nyes</s>"]
 
 
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}]
+
+
+def test_tool_calls_and_thoughts_survive_where_the_prompt_opens_a_thought() -> None:
+    def answer(**fields: Any) -> list[str]:
+        return learned(*encode("qwq", [TURNS[0], {"role": "assistant", **fields}]))
+
+    call = '<tool_call>{"a": 2}</tool_call><|im_end|>'
+    assert answer(content="<think>\nhm\n</think>\n\n", tool_calls=CALLS) == [f"hm\n</think>\n\n{call}"]
+    assert answer(content="let me add", tool_calls=CALLS) == [f"let me add\n{call}"]
+    assert answer(content=None, tool_calls=CALLS) == [call]
+    for field in ("reasoning_content", "thinking"):
+        assert answer(content="yes", **{field: "hm"}) == ["hm\n</think>\n\nyes<|im_end|>"]
+
+
+def test_what_an_answer_would_lose_is_an_error_unless_the_template_marks_it() -> None:
+    """R1 writes no tool calls; the other prompt opens nothing that a thought could follow."""
+    with pytest.raises(DataError, match=r"row 7: message 1 \(assistant\) has tool calls that"):
+        encode("r1", [TURNS[0], {"role": "assistant", "content": "a", "tool_calls": CALLS}])
+    rewritten = "{{ messages | length }}" + ALL["llama3"]
+    messages = [TURNS[0], {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
+    spec = DatasetSpec(path="x", format="chat")
+    with pytest.raises(DataError, match="'reasoning_content' that the chat template leaves out"):
+        Encoder(make_tokenizer(rewritten), spec)({"messages": messages})
+    content = "m['content'] | trim + '<|eot_id|>' }}"
+    assert f" + {content}" in rewritten
+    block = "{% generation %}{{ m.get('reasoning_content', '') + " + content + "{% endgeneration %}"
+    marked = rewritten.replace(f" + {content}", " }}" + block)
+    tokenizer = make_tokenizer(marked)
+    row = Encoder(tokenizer, spec)({"messages": messages})
+    assert learned(tokenizer, row)[-1].endswith("hma<|eot_id|>")
+
+
+QWEN25 = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_an_answer_that_begins_the_chat_is_learned_without_its_header() -> None:
+    tokenizer = make_tokenizer(QWEN25)
+    row = Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": TURNS[1:]})
+    assert learned(tokenizer, row) == ["four<|im_end|>|the answer is four<|im_end|>"]
+    tokenizer, row = encode("llama3", TURNS[1:])
+    assert learned(tokenizer, row) == LEARNED["llama3"]
+
+
 def test_answers_between_tools_share_one_sequence() -> None:
-    calls = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}]
     messages = [
         *TURNS[:3],
-        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "assistant", "content": "", "tool_calls": CALLS},
         {"role": "tool", "content": "4"},
         {"role": "assistant", "content": "yes"},
     ]
