@@ -347,8 +347,8 @@ class SftData:
         limit, overlong = self._policy.max_length, self._source.spec.overlong
         return DataError(
             f"{what} no token to train on ({self._rows.name}): sequences above policy.max_length ({limit}) "
-            f"are cut or dropped (data.train.overlong: {overlong}), and one without a trained token is dropped. "
-            "Raise policy.max_length, or look at what data.train's format and columns say is trained"
+            f"are cut or dropped (data.train.overlong: {overlong}), and one without a trained token is "
+            "dropped. Raise policy.max_length, or look at what data.train's format and columns say is trained"
         )
 
     def _with_picture(self, samples: list[TrainSample]) -> list[TrainSample]:
