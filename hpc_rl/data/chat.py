@@ -176,7 +176,8 @@ def _without_none(value: Any) -> Any:
 def _attach_media(conversation: Conversation, row: dict[str, Any], spec: DatasetSpec, where: str) -> None:
     """Put the row's media beside its messages, so that parts and media agree in number and order."""
     given = {"image": _listed(row, spec.images, "image"), "video": _listed(row, spec.videos, "video")}
-    if spec.format == "llava" and any(given.values()):
+    has_parts = any(isinstance(message["content"], list) for message in conversation.messages)
+    if any(given.values()) and not has_parts:
         _split_placeholders(conversation)
     inline: dict[str, list[Any]] = {"image": [], "video": []}
     for message in conversation.messages:
@@ -215,9 +216,9 @@ def _bare(part: dict[str, Any], inline: dict[str, list[Any]]) -> dict[str, Any]:
 
 
 def _split_placeholders(conversation: Conversation) -> None:
-    """LLaVA's `<image>` and `<video>` in the text become parts; one line break beside each goes with it."""
+    """`<image>` and `<video>` in the text become parts; one line break beside each goes with it."""
     for message in conversation.messages:
-        if not isinstance(message["content"], str) or not _PLACEHOLDER.search(message["content"]):
+        if not _PLACEHOLDER.search(message["content"]):
             continue
         pieces = _PLACEHOLDER.split(message["content"])
         parts: list[dict[str, Any]] = []

@@ -301,6 +301,25 @@ def test_bad_llava_rows_are_named(row: dict[str, Any], message: str) -> None:
         llava(row)
 
 
+def test_placeholders_in_the_text_work_in_every_format() -> None:
+    row = {"messages": turns("<image>\nWhat?", "A cat", "And <image>?", "A dog"), "images": ["a", "b"]}
+    found = conversation_of(row, DatasetSpec(path="x", format="chat"))
+    assert [m["content"] for m in found.messages[::2]] == [
+        [{"type": "image"}, {"type": "text", "text": "What?"}],
+        [{"type": "text", "text": "And "}, {"type": "image"}, {"type": "text", "text": "?"}],
+    ]
+    with pytest.raises(DataError, match="row 3: 2 image placeholders for 1 images"):
+        conversation_of({**row, "images": ["a"]}, DatasetSpec(path="x", format="chat"), "row 3")
+    clip = {"conversations": turns("<video>\nnext?", "left"), "video": "v.mp4"}
+    found = conversation_of(clip, DatasetSpec(path="x", format="cosmos_reason1"))
+    assert found.messages[0]["content"] == [{"type": "video"}, {"type": "text", "text": "next?"}]
+    # Where parts say where the picture goes, the text is text.
+    parts = [{"type": "image"}, {"type": "text", "text": "write the tag"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "<image>"}]}
+    found = conversation_of({**row, "images": ["a"]}, DatasetSpec(path="x", format="chat"))
+    assert found.messages[1]["content"] == "<image>"
+
+
 def test_cosmos_reason1_rows_and_parts_of_a_chat() -> None:
     spec = DatasetSpec(path="x", format="cosmos_reason1")
     row = {"video": "video_clips/a.mp4", "conversations": [
