@@ -25,10 +25,14 @@ class Tokens:
 
 
 class Control:
-    """Tokens that are no text: specials, and added ones such as `<|im_end|>`."""
+    """Tokens that are no text: specials, and added ones such as `<|im_end|>`.
+
+    Blank added tokens are text: Gemma adds line breaks and runs of blanks.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        ids = sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
+        added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()]
+        ids = sorted({*tokenizer.all_special_ids, *added})
         self._known = np.zeros(max(ids, default=0) + 2, bool)  # the last place: all ids above
         self._known[ids] = True
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 
 from hpc_rl.data.encode import EncodedRow, Encoder
 from hpc_rl.data.errors import DataError
@@ -192,6 +193,18 @@ def test_the_text_is_cut_where_the_prompt_alone_has_other_tokens() -> None:
     row = Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": TURNS})
     assert row.sequences[0].token_ids[: len(prompt)] == list(prompt)
     assert learned(tokenizer, row) == LEARNED["llama3"]
+
+
+def test_added_tokens_that_are_blank_are_text() -> None:
+    """As in Gemma: the line break behind the end of a turn is a token of its own, and not learned."""
+    for family, template in (
+        ("gemma", ALL["gemma"]),
+        ("r1", ALL["r1"].replace("eos_token }}", "'<|im_end|>\n' }}")),
+    ):
+        tokenizer = make_tokenizer(template)
+        tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("\n", "\n\n")])
+        row = Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": TURNS})
+        assert learned(tokenizer, row) == [text.replace("</s>", "<|im_end|>") for text in LEARNED[family]]
 
 
 def test_templates_that_take_parts_only_get_parts() -> None:
