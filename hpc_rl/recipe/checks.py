@@ -57,6 +57,7 @@ _FORBIDDEN = (
 # key that a message is about -> keys that it must agree with
 AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
     ("policy", "batch_size"): (("policy", "parallel"), ("algorithm", "group_size")),
+    ("policy", "batch_tokens"): (("policy", "micro_batch_tokens"),),
     ("policy", "parallel"): (("cluster", "policy"),),
     ("policy", "optimizer", "decay_steps"): (("policy", "steps"), ("policy", "optimizer")),
     ("policy", "optimizer", "min_lr"): (("policy", "optimizer"),),
@@ -161,6 +162,9 @@ def _kind(recipe: Recipe) -> Found:
 
 
 def _model(recipe: Recipe) -> Found:
+    if recipe.model.dtype == "float16" and recipe.policy.trainer == "fsdp2":
+        text = "is 'float16'; gradients underflow in it without loss scaling: use bfloat16 or float32"
+        yield ("model", "dtype"), text
     name = recipe.model.attn_implementation
     if name is not None and name not in ATTENTION and "/" not in name and not recipe.plugins:
         guess = nearest(name, list(ATTENTION))
@@ -218,6 +222,15 @@ def _batch(recipe: Recipe) -> Found:
             f"is {policy.batch_size}; must be divisible by algorithm.group_size {group_size} "
             f"(nearest: {lower or group_size} or {lower + group_size})",
         )
+    row = policy.micro_batch_tokens if policy.micro_batch_size is None else None
+    if policy.batch_tokens is not None and row is not None and policy.batch_tokens > row:
+        lower = policy.batch_tokens // row * row
+        if lower != policy.batch_tokens:
+            yield (
+                ("policy", "batch_tokens"),
+                f"is {policy.batch_tokens}; must be a multiple of micro_batch_tokens {row}, the size of a row "
+                f"(nearest: {lower} or {lower + row})",
+            )
     if parallel.dp_shard * parallel.cp % parallel.ep:
         yield (
             ("policy", "parallel", "ep"),

@@ -40,7 +40,7 @@ TRAIN: list[Row] = [
     ("train.ema_decay", 0.99, {"train.ema_enable": True}),
     ("train.ema_update_step_interval", 4, {}),
     ("train.master_dtype", "bfloat16", {}),
-    ("train.param_dtype", "float16", {}),
+    ("train.param_dtype", "float32", {}),
     ("train.transfer_dtype", "bfloat16", {}),
     ("train.logprob_dtype", "bfloat16", {}),
     ("train.fsdp_reduce_dtype", "bfloat16", {}),

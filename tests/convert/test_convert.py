@@ -262,6 +262,12 @@ def test_dp_shard_of_minus_one_must_come_out_even(tmp_path: Path) -> None:
         converted(tmp_path, keys)
 
 
+def test_float16_becomes_bfloat16(tmp_path: Path) -> None:
+    """`float16` has no loss scaling here, and a recipe refuses it."""
+    found = converted(tmp_path, {"train.param_dtype": "float16", "train.max_num_steps": 50})
+    assert "dtype" not in recipe_of(found)["model"]  # bfloat16 is the default
+
+
 def test_load_balanced_batches_are_counted_in_tokens(tmp_path: Path) -> None:
     place = "train.train_policy"
     keys = {f"{place}.enable_dp_load_balancing": True, f"{place}.load_balanced_batches_per_optimizer_step": 3}

@@ -41,6 +41,15 @@ Wrong = Callable[..., str]
             "policy.batch_size: is 8; must be divisible by the 6 data-parallel ranks (dp_replicate 2 x",
         ),
         (["policy.parallel={dp_shard: 4, ep: 3}"], "policy.parallel.ep: is 3; must divide dp_shard x cp = 4"),
+        (
+            ["policy.batch_tokens=40000", "policy.micro_batch_tokens=16384"],
+            "policy.batch_tokens: is 40000; must be a multiple of micro_batch_tokens 16384, the size of a row "
+            "(nearest: 32768 or 49152)",
+        ),
+        (
+            ["model.dtype=float16"],
+            "model.dtype: is 'float16'; gradients underflow in it without loss scaling",
+        ),
         (["policy.micro_batch_tokens=null"], "policy.micro_batch_tokens: set micro_batch_tokens, or"),
         (
             ["policy.optimizer.betas=[0.9, 1]"],
@@ -153,6 +162,9 @@ def test_minutes_and_seconds_are_below_60(text: str) -> None:
     "overrides",
     [
         ["algorithm.temperature=2.5"],  # engine hf takes any
+        ["policy.batch_tokens=49152", "policy.micro_batch_tokens=16384"],
+        ["policy.batch_tokens=1000", "policy.micro_batch_tokens=16384"],  # one row of 1000 tokens
+        ["policy.batch_tokens=1000", "policy.micro_batch_size=3"],
         ["rollout.engine=vllm", "algorithm.temperature=2"],
         ["model.attn_implementation=kernels-community/flash-attn"],
         ["model.attn_implementation=flash_attention_2"],

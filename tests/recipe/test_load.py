@@ -181,7 +181,7 @@ _overrides = st.fixed_dictionaries(
     optional={
         "seed": st.integers(0, 2**32 - 1),
         "model.revision": st.text("abcdef0123456789", min_size=1, max_size=40),
-        "model.dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
+        "model.dtype": st.sampled_from(["float32", "bfloat16"]),
         "data.train.system": st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20),
         "data.train.limit": st.integers(1, 10**6),
         "policy.optimizer.lr": st.floats(0, 1),

@@ -15,7 +15,10 @@ def translate_model(draft: Draft) -> None:
     draft.put("model.path", draft.get("policy.model_name_or_path"), "policy.model_name_or_path")
     if revision := draft.get("policy.model_revision"):
         draft.put("model.revision", revision, "policy.model_revision")
-    draft.put("model.dtype", draft.get("train.param_dtype"), "train.param_dtype")
+    dtype, note = draft.get("train.param_dtype"), ""
+    if dtype == "float16":
+        dtype, note = "bfloat16", "without loss scaling gradients underflow in float16"
+    draft.put("model.dtype", dtype, "train.param_dtype", note=note)
     version = draft.get("train.fa_version")
     if version is not None:
         draft.put("model.attn_implementation", f"flash_attention_{version}", "train.fa_version")
