@@ -11,7 +11,8 @@ MAY_CHANGE: dict[str, str] = {
     "policy.steps": "train longer or shorter",
     "policy.epochs": "train longer or shorter",
     "policy.parallel.*": "another mesh; the checkpoint is resharded when it is loaded",
-    "policy.micro_batch_tokens": "memory use; the gradient is the same however the batch is split",
+    "policy.micro_batch_tokens": "memory use; the gradient is the same however the batch is split (not with "
+    "`policy.batch_tokens`: there it makes the steps)",
     "policy.micro_batch_size": "memory use; the gradient is the same however the batch is split",
     "policy.activation_checkpointing": "memory against time",
     "policy.cpu_offload": "memory against time",
@@ -53,6 +54,16 @@ def may_change(key: str) -> bool:
     return key in MAY_CHANGE or any(
         rule.endswith(".*") and (key == rule[:-2] or key.startswith(rule[:-1])) for rule in MAY_CHANGE
     )
+
+
+def refusals(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """key -> why, of everything that differs between two resolved recipes and may not."""
+    differences = changes(old, new)
+    found = {key: "" for key in differences if not may_change(key)}
+    rows = "policy.micro_batch_tokens"
+    if rows in differences and old.get("policy", {}).get("batch_tokens") is not None:
+        found[rows] = "with policy.batch_tokens it says which sequences make a step"
+    return found
 
 
 def table_text() -> str:

@@ -105,7 +105,7 @@ def prepare_resume(
 ) -> tuple[Prepared, dict[str, tuple[Any, Any]]]:
     """The run's settings with `overrides`, and what they change. Raises UserError with the table."""
     from hpc_rl.cli._prepare import prepare
-    from hpc_rl.cli._resume_keys import changes, may_change, table_text
+    from hpc_rl.cli._resume_keys import changes, refusals, table_text
     from hpc_rl.plan.make import read_plan
     from hpc_rl.plan.site import Site
     from hpc_rl.recipe.dump import read_resolved
@@ -122,10 +122,13 @@ def prepare_resume(
                 f"({str(error).splitlines()[0]}); name it: cluster.site=NAME"
             ) from error
     prepared = prepare(run.resolved, overrides, profile=profile, here=here)
-    differences = changes(old.model_dump(mode="json"), prepared.recipe.model_dump(mode="json"))
-    refused = [key for key in differences if not may_change(key)]
+    before, after = old.model_dump(mode="json"), prepared.recipe.model_dump(mode="json")
+    differences, refused = changes(before, after), refusals(before, after)
     if refused:
-        lines = [f"{key} may not change on resume (is {differences[key][0]!r})" for key in refused]
+        lines = [
+            f"{key} may not change on resume (is {differences[key][0]!r})" + (f": {why}" if why else "")
+            for key, why in refused.items()
+        ]
         lines.append("it would no longer be the same run; submit a new one instead. What may change:")
         raise UserError("\n".join([*lines, table_text()]))
     return prepared, differences

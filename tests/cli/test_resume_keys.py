@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.cli._resume_keys import MAY_CHANGE, changes, flatten, may_change
+from hpc_rl.cli._resume_keys import MAY_CHANGE, changes, flatten, may_change, refusals
 from hpc_rl.recipe.schema import Recipe
 
 
@@ -71,6 +71,18 @@ def test_changes_are_found_in_nested_settings_and_new_sections() -> None:
     assert changes(old, new) == {"a.b": (1, 2), "reward": (None, None), "reward.nodes": (None, 1)} or changes(
         old, new
     ) == {"a.b": (1, 2), "reward.nodes": (None, 1)}
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 64])
+def test_the_room_of_a_row_makes_the_steps_of_token_batches(batch_tokens: int | None) -> None:
+    old, new = (
+        {"seed": 1, "policy": {"batch_tokens": batch_tokens, "micro_batch_tokens": tokens, "steps": tokens}}
+        for tokens in (32, 16)
+    )
+    assert refusals(old, old) == {}
+    found = refusals(old, new)
+    assert list(found) == (["policy.micro_batch_tokens"] if batch_tokens else [])
+    assert list(refusals(old, {**new, "seed": 2}))[:1] == ["seed"]
 
 
 def test_the_documented_table_is_the_one_in_the_code() -> None:
