@@ -106,8 +106,11 @@ class MediaFiles:
                 self.find(path, where)
 
     def image(self, source: Any, where: str) -> Any:
-        """A PIL image in RGB within the recipe's limits of pixels. Raises DataError naming row and file."""
-        from PIL import Image, UnidentifiedImageError
+        """A PIL image in RGB, upright (EXIF), within the recipe's limits of pixels.
+
+        Raises DataError naming row and file.
+        """
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         path = _path_of(source)
         name = f"image {path}" if path is not None else "image"
@@ -117,7 +120,7 @@ class MediaFiles:
                 opened = Image.open(self._existing(path, where))
             elif not isinstance(source, Image.Image):
                 opened = Image.open(io.BytesIO(_bytes_of(source, where)))
-            picture = opened.convert("RGB")
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
         except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
             if isinstance(error, DataError):
                 raise

@@ -60,6 +60,17 @@ def test_every_way_to_say_an_image_gives_the_same_picture(tmp_path: Path) -> Non
     assert np.array_equal(np.asarray(files({}, tmp_path).image("a.png", "row 0")), np.asarray(picture))
 
 
+def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 20), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 0, 20, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    picture.save(tmp_path / "a.png", exif=exif)
+    got = files({}, tmp_path).image("a.png", "row 0")
+    assert got.size == (20, 40)
+    assert (got.getpixel((10, 5)), got.getpixel((10, 35))) == ((0, 0, 255), (255, 0, 0))
+
+
 def test_pictures_are_made_to_fit_the_limits() -> None:
     assert shrunk(100, 50, None, 5000) == (100, 50)
     assert shrunk(200, 100, None, 5000) == (100, 50)
