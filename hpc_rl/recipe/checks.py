@@ -228,7 +228,7 @@ def _batch(recipe: Recipe) -> Found:
         if lower != policy.batch_tokens:
             yield (
                 ("policy", "batch_tokens"),
-                f"is {policy.batch_tokens}; must be a multiple of micro_batch_tokens {row}, the size of a row "
+                f"is {policy.batch_tokens}; must be a multiple of micro_batch_tokens {row}, a row's size "
                 f"(nearest: {lower} or {lower + row})",
             )
     if parallel.dp_shard * parallel.cp % parallel.ep:

@@ -43,7 +43,7 @@ Wrong = Callable[..., str]
         (["policy.parallel={dp_shard: 4, ep: 3}"], "policy.parallel.ep: is 3; must divide dp_shard x cp = 4"),
         (
             ["policy.batch_tokens=40000", "policy.micro_batch_tokens=16384"],
-            "policy.batch_tokens: is 40000; must be a multiple of micro_batch_tokens 16384, the size of a row "
+            "policy.batch_tokens: is 40000; must be a multiple of micro_batch_tokens 16384, a row's size "
             "(nearest: 32768 or 49152)",
         ),
         (
