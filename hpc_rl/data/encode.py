@@ -55,6 +55,10 @@ class MediaEncoder(Protocol):
         """`(expanded text, spans in it, tokens, media, positions that are never learned)`."""
         ...
 
+    def refuse_placeholders(self, ids: list[int], where: str) -> None:
+        """Raises DataError if a token that stands for a medium is in ids that are text alone."""
+        ...
+
 
 class Encoder:
     """Rows of one data set to sequences for SFT. One per thread: tokenizers are not thread-safe."""
@@ -81,7 +85,10 @@ class Encoder:
         where = where or self._spec.path
         conversation = self._conversation(row, where)
         if conversation is None:
-            return self._fitted([self._plain(row, where)], 0, where)
+            plain = self._plain(row, where)
+            if self._media is not None:
+                self._media.refuse_placeholders(plain.token_ids, where)
+            return self._fitted([plain], 0, where)
         if conversation.has_media and self._media is None:
             raise DataError(f"{where} has images or videos, and the model has no processor for them")
         assert self._template is not None

@@ -65,17 +65,31 @@ class Multimodal:
         videos = conversation.videos[: parts.count("video")]
         if not images and not videos:
             tokens = tokenise(self._tokenizer, text, self._control, rendering.spans, special)
+            self.refuse_placeholders(tokens.ids, where)
             return text, rendering.spans, tokens, None, []
         output = self._call(text, images, videos, special, where)
         text, spans, media_spans = _expanded(text, rendering.spans, output)
         ids = output["input_ids"][0].tolist()
         tokens = Tokens(ids, *regions_of(output["offset_mapping"][0].tolist(), len(text)))
         self._check(tokens, text, where)
-        never = [t for t, token in enumerate(ids) if token in self._placeholders]
+        of_media = np.zeros(len(ids), bool)
         for start, end in media_spans:
-            never += np.nonzero((tokens.starts >= start) & (tokens.ends <= end))[0].tolist()
+            of_media |= (tokens.starts >= start) & (tokens.ends <= end)
+        if media_spans:  # else the processor reports none, and its placeholders stand for themselves
+            self.refuse_placeholders([token for token, m in zip(ids, of_media, strict=True) if not m], where)
+        never = [t for t, token in enumerate(ids) if of_media[t] or token in self._placeholders]
         media = {name: torch.as_tensor(value) for name, value in output.items() if name not in _NOT_MEDIA}
         return text, spans, tokens, media, never
+
+    def refuse_placeholders(self, ids: list[int], where: str) -> None:
+        """See `MediaEncoder`."""
+        found = next((token for token in ids if token in self._placeholders), None)
+        if found is not None:
+            token = self._tokenizer.convert_ids_to_tokens(found)
+            raise DataError(
+                f"{where}: its text holds {token}, the model's place for an image or video, without one: "
+                "write it differently, or give the medium"
+            )
 
     def blank(self) -> Encoded:
         """A short sequence with one small blank image, of which nothing is learned.

@@ -97,6 +97,24 @@ def test_a_picture_in_an_answer_is_not_learned(family: str) -> None:
     assert text.replace("<vision>", "").replace("</vision>", "") == "ab<eos>"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_placeholder_that_is_text_is_refused_with_its_row(family: str) -> None:
+    """The model would look for a picture there, and fail beside a row that has one."""
+    made, encode, media = make(family, format="chat")
+    token = made.image_token
+    with pytest.raises(DataError, match=f"row 1: its text holds {token}"):
+        encode({"messages": turns("what tag?", f"it is {token}")}, "row 1")
+    part = {"type": "text", "text": f"what is {token}?"}
+    row = {"messages": [
+        {"role": "user", "content": [{"type": "image"}, part]}, {"role": "assistant", "content": "cat"},
+    ], "images": [picture(0)]}  # fmt: skip
+    with pytest.raises(DataError, match="row 2: "):
+        encode(row, "row 2")
+    spec = DatasetSpec(path="a.json", format="text")
+    with pytest.raises(DataError, match=f"row 3: its text holds {token}"):
+        Encoder(made.tokenizer, spec, None, media)({"text": f"a {token}"}, "row 3")
+
+
 def test_a_template_without_bos_gets_it_once() -> None:
     bare = processor("llava").chat_template.removeprefix("{{ bos_token }}")
     made, encode, _ = make("llava", bare)
