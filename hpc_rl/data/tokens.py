@@ -53,26 +53,51 @@ def tokenise(
     text is cut there. Tokenizers without offsets (not fast ones) get it cut at both ends of each span.
     """
     if not tokenizer.is_fast:
-        return _pieces(tokenizer, text, [place for span in spans for place in span], special)
-    tokens = _piece(tokenizer, text, 0, special)
+        return _pieces(tokenizer, text, [place for span in spans for place in span], special, control)
+    tokens = _piece(tokenizer, text, 0, special, control)
     borders = control.places(tokens.ids)
     cuts = [start for start, _ in spans if not _is_boundary(tokenizer, text, tokens, start, borders)]
-    return _pieces(tokenizer, text, cuts, special) if cuts else tokens
+    return _pieces(tokenizer, text, cuts, special, control) if cuts else tokens
 
 
-def _piece(tokenizer: Any, text: str, shift: int, special: bool) -> Tokens:
+def _piece(tokenizer: Any, text: str, shift: int, special: bool, control: Control) -> Tokens:
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        return Tokens(ids, np.full(len(ids), shift), np.full(len(ids), shift + len(text)))
+        starts, ends = _found_in(tokenizer, ids, text, control)
+        return Tokens(ids, starts + shift, ends + shift)
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     starts, ends = regions_of(found["offset_mapping"], len(text))
     return Tokens(list(found["input_ids"]), starts + shift, ends + shift)
 
 
-def _pieces(tokenizer: Any, text: str, cuts: Sequence[int], special: bool) -> Tokens:
+def _found_in(tokenizer: Any, ids: list[int], text: str, control: Control) -> tuple[Places, Places]:
+    """Starts and ends without offsets: control tokens stand in the text as they are written.
+
+    All tokens between two of them have the whole text between them. A control token that is not there,
+    such as BOS that the tokenizer adds, is empty.
+    """
+    starts, ends = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+    reached, first, absent = 0, 0, []  # `reached`: where the text of token `first` begins
+    for t in control.places(ids).tolist():
+        written = tokenizer.convert_ids_to_tokens(ids[t])
+        begin = text.find(written, reached)
+        if begin < 0 or (t == first and text[reached:begin].strip()):  # blanks alone may have been stripped
+            absent.append(t)
+            first += t == first
+            continue
+        starts[first:t], ends[first:t] = reached, begin
+        starts[t], ends[t] = begin, begin + len(written)
+        reached, first = begin + len(written), t + 1
+    starts[first:], ends[first:] = reached, len(text)
+    ends[absent] = starts[absent]
+    return starts, ends
+
+
+def _pieces(tokenizer: Any, text: str, cuts: Sequence[int], special: bool, control: Control) -> Tokens:
     places = sorted({0, len(text), *cuts})
     pieces = [
-        _piece(tokenizer, text[start:end], start, special and start == 0) for start, end in pairwise(places)
+        _piece(tokenizer, text[start:end], start, special and start == 0, control)
+        for start, end in pairwise(places)
     ]
     return Tokens(
         [token for piece in pieces for token in piece.ids],

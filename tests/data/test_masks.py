@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 
 from hpc_rl.data.encode import EncodedRow, Encoder
 from hpc_rl.data.errors import DataError
+from hpc_rl.data.tokens import Control, tokenise
 from hpc_rl.recipe.schema import DatasetSpec
 from tests.data.chat_templates import ALL, PARTS, make_tokenizer
 
@@ -252,6 +253,35 @@ def test_a_tokenizer_without_offsets_gives_the_same_learned_text() -> None:
     assert not tokenizer.is_fast
     row = Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": TURNS})
     assert learned(tokenizer, row) == LEARNED["plain"]
+
+
+@pytest.mark.parametrize("family", ["plain", "llama3", "r1", "qwq"])
+def test_control_tokens_inside_an_answer_do_not_end_it_without_offsets(family: str) -> None:
+    from transformers import ByT5Tokenizer
+
+    messages = [TURNS[0], {"role": "assistant", "content": "<think>hm</think> the answer is <b> four"}]
+
+    def made(tokenizer: Any) -> tuple[Any, EncodedRow]:
+        tokenizer.add_tokens(
+            ["<think>", "</think>", "<b>", "<s>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+        )
+        tokenizer.chat_template = ALL[family].replace("bos_token", "'<s>'")
+        return tokenizer, Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": messages})
+
+    slow, fast = made(ByT5Tokenizer()), made(make_tokenizer())
+    assert not slow[0].is_fast
+    assert fast[0].is_fast
+    assert "the answer is <b> four" in learned(*slow)[0]
+    # What a tokenizer adds is not in the text, and takes nothing from it.
+    tokens = tokenise(slow[0], "a<b>c", Control(slow[0]), special=True)
+    assert slow[0].convert_ids_to_tokens(tokens.ids) == ["a", "<b>", "c", "</s>"]
+    assert list(zip(tokens.starts.tolist(), tokens.ends.tolist(), strict=True)) == [
+        (0, 1),
+        (1, 4),
+        (4, 5),
+        (4, 4),
+    ]
+    assert learned(*slow) == learned(*fast)
 
 
 REPAIRS: list[Any] = [
