@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from hpc_rl.models.base import ModelError, ParallelSpec
 from hpc_rl.models.hf import attention, rows
+from hpc_rl.models.hf.loading import materialise
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
 from hpc_rl.recipe.schema import Model
 from tests.models.contract import same_gradient
@@ -114,6 +115,42 @@ def test_what_cannot_be_packed_is_padded_and_said(
     named = dict(plain.named_parameters())
     for name, parameter in model.module.named_parameters():
         same_gradient(name, parameter.grad, named[name].grad)
+
+
+def gpt_bigcode() -> T.PreTrainedConfig:
+    return T.GPTBigCodeConfig(vocab_size=96, n_embd=64, n_head=2, n_layer=2, n_positions=41, n_inner=96)
+
+
+def gpt_neo() -> T.PreTrainedConfig:
+    return T.GPTNeoConfig(
+        vocab_size=96, hidden_size=64, num_heads=2, num_layers=2, max_position_embeddings=41, window_size=8,
+        attention_types=[[["global", "local"], 1]], intermediate_size=96,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [gpt_bigcode, gpt_neo])
+def test_masks_in_boolean_buffers_are_made_anew(config: Callable[[], Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    T.AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(tmp_path)
+    model = build_one(tmp_path)
+    plain = T.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert (model.rows is rows.padded) == (config is gpt_neo)  # the row is longer than the masks
+    masks = {name: b for name, b in plain.named_buffers() if b.dtype == torch.bool}
+    assert masks
+    assert all(torch.equal(model.module.get_buffer(name), mask) for name, mask in masks.items())
+    ids, positions = packed(SEQUENCES)
+    expected = torch.cat([plain(input_ids=torch.tensor([s])).logits[0] for s in SEQUENCES])
+    ours = model.logits(ids, positions, torch.arange(len(ids)))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_a_buffer_that_nobody_makes_is_an_error(dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        module = T.AutoModelForCausalLM.from_config(gpt_bigcode())
+        module.transformer.h[0].register_buffer("extra", torch.zeros(3, dtype=dtype), persistent=False)
+    with pytest.raises(ModelError, match=r"buffer transformer\.h\.0\.extra of .* is not made by"):
+        materialise(module, torch.device("cpu"))
 
 
 def test_an_image_at_the_start_of_a_sequence_does_not_see_the_padding() -> None:

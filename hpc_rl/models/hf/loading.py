@@ -193,21 +193,39 @@ def materialise(module: Any, device: torch.device) -> None:
 
     Buffers that no file holds (rotary frequencies, embedding scales) are garbage after `to_empty`
     and often look right. They are poisoned first and must all have been written by the model's own
-    initialisation; a buffer that was not is a ModelError.
+    initialisation; a buffer that was not is a ModelError. Booleans have no value to spare for poison: they
+    are made twice, out of opposite garbage, and must be the same.
     """
     module.to_empty(device=device)
     module.tie_weights()
     computed = dict(module.named_non_persistent_buffers())
-    with torch.no_grad():
-        for buffer in computed.values():
-            buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min)
-        owners = {name.rpartition(".")[0] for name in computed}
-        for owner in sorted(owners):
-            _owning_model(module, owner)._init_weights(module.get_submodule(owner))
+    owners = sorted({name.rpartition(".")[0] for name in computed})
+    _make_anew(module, computed, owners, flag=True)
+    flags = {name: buffer.clone() for name, buffer in computed.items() if buffer.dtype == torch.bool}
+    if flags:
+        _make_anew(module, computed, owners, flag=False)
     for name, buffer in computed.items():
-        poison = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
+        poison = buffer != flags[name] if name in flags else _poisoned(buffer)
         if bool(poison.any()):
             raise ModelError(f"buffer {name} of {type(module).__name__} is not made by its _init_weights")
+
+
+@torch.no_grad()
+def _make_anew(module: Any, computed: dict[str, Tensor], owners: list[str], *, flag: bool) -> None:
+    """Poison `computed` (booleans get `flag`), and let the model's own initialisation write them."""
+    for buffer in computed.values():
+        if buffer.dtype == torch.bool:
+            buffer.fill_(flag)
+        elif buffer.is_floating_point():
+            buffer.fill_(float("nan"))
+        else:
+            buffer.fill_(torch.iinfo(buffer.dtype).min)
+    for owner in owners:
+        _owning_model(module, owner)._init_weights(module.get_submodule(owner))
+
+
+def _poisoned(buffer: Tensor) -> Tensor:
+    return buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
 
 
 def move_buffers(module: Any, device: torch.device) -> None:

@@ -33,6 +33,8 @@ def reason_to_pad(config: Any, implementation: str | None) -> str:
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - PACKABLE
     if config.model_type == "mllama":
         return "its text reaches images by cross attention"
+    if config.model_type == "gpt_neo":
+        return "its masks are as long as its positions, and a row is longer"
     if kinds:
         return f"its {', '.join(sorted(kinds))} layers would run on into the next sequence"
     if has_vision(config) and config.model_type not in PACKED:
