@@ -273,16 +273,23 @@ def _move_system(messages: list[Message]) -> list[Message]:
 
 
 def _merge_roles(messages: list[Message]) -> list[Message]:
-    """Neighbours of one role become one message. Tool answers and tool calls stay apart."""
+    """Neighbours of one role become one message. Tool answers and tool calls stay apart.
+
+    So do messages that differ in another field (thoughts, a name): one of them would be lost.
+    """
     merged: list[Message] = []
     for message in messages:
         last = merged[-1] if merged else None
-        alike = last is not None and last["role"] == message["role"] != "tool"
+        alike = last is not None and message["role"] != "tool" and _but_content(last) == _but_content(message)
         if last is None or not alike or last.get("tool_calls") or message.get("tool_calls"):
             merged.append(message)
         else:
             merged[-1] = {**last, "content": _joined(last["content"], message["content"])}
     return merged
+
+
+def _but_content(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "content"}
 
 
 def _joined(first: Any, second: Any) -> Any:
@@ -304,7 +311,10 @@ def explain_refusal(messages: list[Message]) -> str:
         if role in ("system", "developer"):
             return f"message {number} has role {role} after the beginning; repair: [move_system] moves it"
         if role == previous and role != "tool":
-            return f"message {number} has role {role} as the one before; repair: [merge_roles] joins them"
+            found = f"message {number} has role {role} as the one before"
+            if _but_content(messages[number - 1]) == _but_content(message):
+                return f"{found}; repair: [merge_roles] joins them"
+            return f"{found}, and they differ in other fields than the content: join them in the data"
         if previous is None and role == "assistant":
             return f"message {number}, the first, has role assistant"
         previous = role

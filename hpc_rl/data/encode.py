@@ -14,7 +14,7 @@ from hpc_rl.data.chat import CHAT_FORMATS, Conversation, as_messages, conversati
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.prompts import Content, completion_of
 from hpc_rl.data.templates import ChatTemplate
-from hpc_rl.data.tokens import Control, Tokens, last_control, mask_of, one_bos, tokenise
+from hpc_rl.data.tokens import Control, Tokens, last_control, learn_endings, mask_of, one_bos, tokenise
 from hpc_rl.data.turns import Rendering, renderings
 from hpc_rl.recipe.schema import DatasetSpec
 
@@ -118,10 +118,13 @@ class Encoder:
             text, spans, tokens, media, never = self._media.encode(rendering, conversation, where)
         else:
             tokens = tokenise(self._tokenizer, text, self._control, spans)
+        length = len(tokens.ids)
         tokens = one_bos(tokens, self._tokenizer.bos_token_id)
         mask = mask_of(tokens, text, spans, self._control)
+        if rendering.marked:
+            learn_endings(tokens, text, mask, self._control)
         for position in never:
-            mask[position] = 0
+            mask[position - (length - len(tokens.ids))] = 0
         end = self._end(rendering, tokens, text, mask)
         return Encoded(tokens.ids + end, mask + [1] * len(end), media)
 
@@ -144,7 +147,8 @@ class Encoder:
         eos = self._tokenizer.eos_token_id
         end = [eos] if eos is not None else []
         if completion is None:
-            ids = _open_prompt(self._tokenizer, list(self._tokenizer(content).input_ids)) + end
+            ids = _open_prompt(self._tokenizer, list(self._tokenizer(content).input_ids))
+            ids = ids if ids[-1:] == end else ids + end
             return Encoded(ids, [0] + [1] * (len(ids) - 1))
         prompt = _open_prompt(self._tokenizer, list(self._tokenizer(content).input_ids))
         ids = _open_prompt(self._tokenizer, list(self._tokenizer(content + completion).input_ids))

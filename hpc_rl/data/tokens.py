@@ -166,6 +166,17 @@ def mask_of(tokens: Tokens, text: str, spans: Sequence[Span], control: Control) 
     return found
 
 
+def learn_endings(tokens: Tokens, text: str, mask: list[int], control: Control) -> None:
+    """Put the token that ends the text into `mask` behind each answer that it follows at once.
+
+    For spans that a template marks: some leave out the token that ends the turn, and a model must learn it.
+    """
+    ending = last_control(tokens, text, control)
+    for t in range(1, len(mask)):
+        if tokens.ids[t] == ending and mask[t - 1] and tokens.ids[t - 1] not in control:
+            mask[t] = 1
+
+
 def last_control(tokens: Tokens, text: str, control: Control) -> int | None:
     """The id of the control token that ends `text` (blanks may follow), or None."""
     places = control.places(tokens.ids)

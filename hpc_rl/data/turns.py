@@ -29,13 +29,15 @@ class Rendering:
     """One sequence: its text, the spans to learn (in order), and how far into the chat it goes.
 
     `ending` is given where the template could not render the answer behind its own prompt: the token
-    that ends this text ends the answer, which has none in `text`.
+    that ends this text ends the answer, which has none in `text`. `marked`: the spans are those of the
+    template's `{% generation %}` blocks, which may leave out the token that ends a turn.
     """
 
     text: str
     spans: list[Span]
     messages: int
     ending: str | None = None
+    marked: bool = False
 
 
 def renderings(
@@ -60,7 +62,7 @@ def renderings(
                     spans = spans[-1:]
                 elif len(spans) == len(answers):
                     spans = [span for span, number in zip(spans, answers, strict=True) if number in wanted]
-                return [Rendering(text, spans, len(messages))]
+                return [Rendering(text, spans, len(messages), marked=True)]
         if lost is not None:
             raise DataError(f"{where}: {lost}") from lost
     except TemplateRefused as error:

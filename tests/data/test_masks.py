@@ -223,6 +223,22 @@ def test_bos_of_template_and_text_are_one() -> None:
     assert plain.sequences[0].token_ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_blocks_that_leave_out_the_end_of_a_turn_still_learn_it() -> None:
+    template = ALL["qwen3_marked"].replace(
+        "{{- '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{- '<|im_end|>' }}"
+    )
+    assert template != ALL["qwen3_marked"]
+    tokenizer = make_tokenizer(template)
+    row = Encoder(tokenizer, DatasetSpec(path="x", format="chat"))({"messages": TURNS})
+    assert learned(tokenizer, row) == LEARNED["qwen3_marked"]
+
+
+def test_text_that_ends_with_eos_learns_it_once() -> None:
+    tokenizer = make_tokenizer()
+    row = Encoder(tokenizer, DatasetSpec(path="x", format="text"))({"text": "four</s>"})
+    assert learned(tokenizer, row) == ["four</s>"]
+
+
 def test_pad_that_is_eos_does_not_hide_the_end() -> None:
     tokenizer = make_tokenizer(ALL["mistral"])
     tokenizer.pad_token = tokenizer.eos_token
@@ -304,6 +320,18 @@ def test_repairs(family: str, how: list[str], turns: list[tuple[str, str]], expe
     tokenizer, row = encode(family, messages, repair=how)
     assert tokenizer.decode(row.sequences[0].token_ids) == "<s>" + expected
     assert row.repaired == 1
+
+
+def test_messages_that_differ_in_their_thoughts_are_not_merged() -> None:
+    first = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    messages = [TURNS[0], first, {"role": "assistant", "content": "b", "reasoning_content": "well"}]
+    tokenizer, row = encode("phi4", messages, repair=["merge_roles"])
+    assert learned(tokenizer, row) == ["a<|im_end|>|b<|im_end|>"]
+    assert row.repaired == 0
+    with pytest.raises(DataError, match="message 2 has role assistant as the one before, and they differ"):
+        encode("mistral", messages, repair=["merge_roles"])
+    tokenizer, row = encode("phi4", [*messages[:2], {**first, "content": "c"}], repair=["merge_roles"])
+    assert learned(tokenizer, row) == ["a\n\nc<|im_end|>"]
 
 
 def test_overlong_rows_are_cut_dropped_or_an_error() -> None:

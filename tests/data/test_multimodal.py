@@ -97,6 +97,13 @@ def test_a_picture_in_an_answer_is_not_learned(family: str) -> None:
     assert text.replace("<vision>", "").replace("</vision>", "") == "ab<eos>"
 
 
+def test_a_second_bos_does_not_shift_the_mask_of_a_picture() -> None:
+    made, encode, _ = make("llava", "{{ bos_token }}" + processor("llava").chat_template)
+    row = encode({"image": [picture(0)], "conversations": turns("draw", "a<image>b")})
+    assert row.sequences[0].token_ids.count(made.tokenizer.bos_token_id) == 1
+    assert "".join(learned(made, row)) == "ab<eos>"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_placeholder_that_is_text_is_refused_with_its_row(family: str) -> None:
     """The model would look for a picture there, and fail beside a row that has one."""
