@@ -17,6 +17,7 @@ from hpc_rl.models.hf import attention, rows
 from hpc_rl.models.hf.loading import materialise
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
 from hpc_rl.recipe.schema import Model
+from tests.families import SIZES
 from tests.models.contract import same_gradient
 from tests.ranks import run_ranks
 from tests.tiny_models import save_model
@@ -86,9 +87,19 @@ def llama4() -> T.PreTrainedConfig:
     )  # fmt: skip
 
 
+def phimoe() -> T.PreTrainedConfig:
+    return T.PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=8)
+
+
+def roberta() -> T.PreTrainedConfig:
+    return T.RobertaConfig(**{**SIZES, "num_key_value_heads": 2}, is_decoder=True, pad_token_id=0)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
+        (phimoe, "PhimoeAttention puts its sliding window into the mask alone"),
+        (roberta, "RobertaForCausalLM counts positions in its own way"),
         (llama4, "chunked_attention layers would run on"),
         (qwen3_next, "linear_attention layers would run on"),
         (mamba, "linear_attention layers would run on"),

@@ -124,6 +124,8 @@ def packed_attention(
         )
     if key.shape[2] != query.shape[2]:
         raise NotPacked(f"{type(module).__name__} attends to something else than its own row")
+    if sliding_window is None and _has_window(module):
+        raise NotPacked(f"{type(module).__name__} puts its sliding window into the mask alone")
     outputs = []
     for stack in packed_layout.stacks:
         shape = (stack.count, stack.width)
@@ -149,6 +151,16 @@ def packed_attention(
     if packed_layout.in_order:
         return outputs[0].unsqueeze(0), None
     return torch.cat(outputs).index_select(0, packed_layout.restore).unsqueeze(0), None
+
+
+def _has_window(module: Any) -> bool:
+    """Whether the config gives this layer a window. (Phimoe and Doge have it in their masks, which are not
+    looked at here, and do not say it to the attention.)"""
+    config = getattr(module, "config", None)
+    if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
+        return False
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds is None or index is None or kinds[index] == "sliding_attention"
 
 
 def _causal(width: int, device: torch.device) -> Tensor:

@@ -123,7 +123,8 @@ class Leak(ModelError):
 
 @torch.no_grad()
 def check_rows(module: Any, rows: Rows, parallel: ParallelSpec, *, sharded: bool) -> None:
-    """What a sequence gets must not depend on its neighbour. A collective when sharded. Raises Leak.
+    """What a sequence gets must not depend on its neighbour, and in a packed row be what the model gives it
+    with positions of its own. A collective when sharded. Raises Leak or NotPacked.
 
     Transformers finds the boundaries of packed rows for most models, not for all (GPT-OSS makes its masks
     without the position ids), and says nothing where it does not.
@@ -139,15 +140,34 @@ def check_rows(module: Any, rows: Rows, parallel: ParallelSpec, *, sharded: bool
         keep = torch.arange(12, 16, device=parallel.device)
         logits = rows(module, torch.tensor(tokens, device=parallel.device), positions, keep, None)
         results.append(logits.float().log_softmax(-1))
+    if rows is packed and not has_vision(module.config):
+        results += _one_sequence(module, torch.tensor(tokens, device=parallel.device))
     if sharded:
         module.reshard()  # a forward without backward leaves the root's parameters whole
     module.train()
+    limit = 1e-4 if parallel.compute_dtype == torch.float32 else 5e-2
     difference = float((results[0] - results[1]).abs().max())
-    if not difference <= (1e-4 if parallel.compute_dtype == torch.float32 else 5e-2):
+    if not difference <= limit:
         raise Leak(
             f"sequences leak into each other in {type(module).__name__} with attention "
             f"{module.config.get_text_config()._attn_implementation} (log-probs moved by {difference:.2g})"
         )
+    if len(results) == 4 and not (difference := float((results[2] - results[3]).abs().max())) <= limit:
+        raise attention.NotPacked(
+            f"{type(module).__name__} counts positions in its own way (log-probs moved by {difference:.2g})"
+        )
+
+
+def _one_sequence(module: Any, ids: Tensor) -> list[Tensor]:
+    """Log-probs [T, V] of one sequence with our positions, and with those that the model makes itself.
+
+    Both are the same computation where the model's positions begin at 0 (RoBERTa's do not)."""
+    positions, inputs = torch.arange(len(ids)), {}
+    if module.config.get_text_config()._attn_implementation == attention.NAME:
+        inputs["packed_layout"] = attention.layout_of(positions, device=ids.device)
+    ours = packed(module, ids, positions, positions.to(ids.device), None)
+    own = module(input_ids=ids.unsqueeze(0), use_cache=False, **inputs).logits.squeeze(0)
+    return [logits.float().log_softmax(-1) for logits in (ours, own)]
 
 
 def _special_ids(config: Any) -> set[int]:
