@@ -225,7 +225,9 @@ class Fsdp2Trainer:
         return time.monotonic() - began
 
     def _state(self, step: int) -> TrainingState:
-        frozen = self.model.fingerprint
+        # Read from the model's files only where the checkpoint leaves weights to them.
+        partly = any(not p.requires_grad for p in self.model.module.parameters())
+        frozen = self.model.fingerprint if partly else b""
         return TrainingState(
             self.model.module, self.optimizer, self.ema, self.guard, step, self.rank, frozen, self.sft
         )

@@ -56,7 +56,7 @@ class TrainingState:
             state |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
         if self.guard is not None:
             state |= self.guard.state()
-        if self.frozen and any(not p.requires_grad for p in named.values()):
+        if self.frozen:
             state["frozen"] = torch.frombuffer(bytearray(self.frozen), dtype=torch.uint8)
         if self.data is not None:
             state["data_state"] = torch.frombuffer(bytearray(self.data.state()), dtype=torch.uint8)

@@ -13,33 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hpc_rl.bus.messages import TrainStep
 from hpc_rl.bus.server import RedisServer
-from hpc_rl.checkpoint.layout import write_complete
 from hpc_rl.checkpoint.loader import CheckpointError
 from hpc_rl.plan.schema import Mesh
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.events import read_events
 from hpc_rl.run.paths import RunDir
+from tests.policy.sft_runs import SGD, save, train
 from tests.ranks import run_ranks
 from tests.training import make_context, make_plan, make_recipe, make_run
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
-SGD = {"name": "sgd", "lr": 0.3, "clip_norm": 1.0, "weight_decay": 0.0}
-
-
-def train(trainer: Fsdp2Trainer, first: int, last: int) -> list[float]:
-    return [trainer.train_step(TrainStep(step))["train/loss"] for step in range(first, last + 1)]
-
-
-def save(trainer: Fsdp2Trainer, run: RunDir, step: int) -> None:
-    trainer.stage_checkpoint(step, run.checkpoint(step) / "policy", sync=True)
-    results = list(trainer.poll())
-    if trainer.rank == 0:
-        assert [(r.step, r.error) for r in results] == [(step, "")]
-        write_complete(run.checkpoint(step))
 
 
 def saved_run(folder: Path, recipe: Recipe, steps: tuple[int, ...]) -> RunDir:

@@ -6,6 +6,7 @@ hold W + scale * B A under the published names, so samplers and users see an ord
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,15 @@ class AdaptedModel(HfModel):
     def named_tensors(self) -> dict[str, Tensor]:
         return lora.plain_tensors(super().named_tensors())
 
+    @functools.cached_property
+    def deltas(self) -> lora.Deltas:
+        """Found once: `current` is asked layer by layer, at every push."""
+        return lora.Deltas(self.module)
+
     @torch.no_grad()
     def current(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
         """The merged values, sharded as the weights are. A collective when sharded: A is gathered."""
-        deltas = lora.Deltas(self.module)
+        deltas = self.deltas
         return {
             name: merged(value, *deltas.factors(name)) if name in deltas else value.detach()
             for name, value in unit.items()
@@ -65,18 +71,15 @@ class StoredAdaptedModel(AdaptedModel):
 
     read: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-    def named_tensors(self) -> dict[str, Tensor]:
-        """By the names of the plain model, but remembering those in memory."""
-        everything = HfModel.named_tensors(self)
-        self._in_memory = {lora.plain_name(n): n for n in everything if not lora.is_original(n)}
-        return lora.plain_tensors(everything)
+    @functools.cached_property
+    def saved_whole(self) -> dict[str, str]:
+        """Plain name -> name in memory, of the weights of modules that are saved whole."""
+        names = (name for name, _ in self.module.named_parameters())
+        return {lora.plain_name(name): name for name in names if lora.is_saved_whole(name)}
 
     def current(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
-        deltas = lora.Deltas(self.module)
-        wanted: dict[str, Tensor] = {}
-        for name, tensor in unit.items():
-            kept = self._in_memory[name]
-            wanted[kept if lora.is_saved_whole(kept) else name] = tensor
+        deltas = self.deltas
+        wanted = {self.saved_whole.get(name, name): tensor for name, tensor in unit.items()}
         values = {lora.plain_name(name): value for name, value in self.read(wanted).items()}
         factors = {name: deltas.names(name) for name in unit if name in deltas}
         stored = self.read({n: p for pair in factors.values() for n, p in pair.items()})
