@@ -271,9 +271,22 @@ def test_second_update_uses_the_same_group(harness: Harness) -> None:
         check_log_probs(harness, sample, SHORT.temperature)
 
 
+def descendants() -> list[psutil.Process]:
+    """Those that live: an earlier test may have left a child that nobody waited for, or that just ends."""
+    living = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.cmdline()
+            process.net_connections()
+        except psutil.NoSuchProcess:  # a zombie, or gone
+            continue
+        living.append(process)
+    return living
+
+
 def test_an_engine_on_one_node_listens_on_loopback_only(harness: Harness) -> None:
     """Its workers have sockets of their own (vLLM's groups, ours for weights); no other host reaches them."""
-    workers = [p for p in psutil.Process().children(recursive=True) if "VLLM" in " ".join(p.cmdline())]
+    workers = [p for p in descendants() if "VLLM" in " ".join(p.cmdline())]
     assert bool(workers) == (harness.name == "vllm")
     processes = workers or [psutil.Process()]
     listening = {
@@ -288,7 +301,7 @@ def test_an_engine_on_one_node_listens_on_loopback_only(harness: Harness) -> Non
 
 def test_unix_sockets_lie_in_a_folder_of_our_own(harness: Harness) -> None:
     """vLLM's processes unpickle what comes over them."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    processes = [psutil.Process(), *descendants()]
     bound = {
         Path(connection.laddr).parent
         for process in processes
