@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 FLAVOUR ?= cpu
 BIN := .venv/bin
+JOBS ?= 2
 
 .PHONY: help setup quickstart test test-fast learn bench lint format constraints golden clean
 help: ## show this list
@@ -16,8 +17,8 @@ quickstart: setup ## a tiny model learns by SFT and GRPO, in under ten minutes o
 test-fast: setup ## tests that start no server (under a minute)
 	$(BIN)/python -m pytest -q -m "not slurm and not redis and not vllm and not torch and not slow and not learn"
 
-test: setup ## everything but the learning runs: real Slurm, Redis, vLLM
-	$(BIN)/python -m pytest -q -m "not learn"
+test: setup ## everything but the learning runs: real Slurm, Redis, vLLM; JOBS=1 runs one test at a time
+	$(BIN)/python -m pytest -q -m "not learn" -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations 30
 
 learn: setup ## the longer learning runs
 	$(BIN)/python -m pytest -q -s -m learn --timeout 3600

@@ -13,6 +13,20 @@ from hpc_rl.bus.server import RedisServer
 from hpc_rl.cluster.devcluster import DevCluster, MissingPackages, ProfileSpec, default_spec
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`: the tests of a file stay on one worker, where its servers start once, and so do all tests
+    that need Slurm, and all that need vLLM: two of either are more than a small machine bears.
+    Files with long tests come first, so that none of them is left for the end."""
+    heavy = ("slurm", "vllm", "slow")
+    marks = {item: {mark.name for mark in item.iter_markers()} for item in items}
+    long_files = {item.path for item in items if marks[item] & set(heavy)}
+    items.sort(key=lambda item: item.path not in long_files)
+    for item in items:
+        server = next((name for name in ("slurm", "vllm") if name in marks[item]), None)
+        item.add_marker(pytest.mark.xdist_group(server or item.path.relative_to(item.config.rootpath).as_posix()))
+
+
 def up_and_down(name: str, spec: ProfileSpec) -> Iterator[DevCluster]:
     """A cluster that is up for as long as the fixture lives; skips where packages are missing."""
     # A short path (Unix sockets) that, under root, other users can reach too.
