@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in long_files)
     for item in items:
         server = next((name for name in ("slurm", "vllm") if name in marks[item]), None)
-        item.add_marker(pytest.mark.xdist_group(server or item.path.relative_to(item.config.rootpath).as_posix()))
+        item.add_marker(pytest.mark.xdist_group(server or item.location[0]))
 
 
 def up_and_down(name: str, spec: ProfileSpec) -> Iterator[DevCluster]:
