@@ -18,7 +18,8 @@ class Attempt:
     """One start of a run's job. `end` is None while it runs (or when nobody was left to write it).
 
     `reason` is `done`, `requeue`, `stopped` (93), `cancelled` (SIGTERM), `preempted`
-    (SIGTERM, and the same job ran again), `failed` or `lost`.
+    (SIGTERM, and the same job ran again), `failed` or `lost`. `checkpoint` is the step of the newest
+    complete checkpoint when it began (None: there was none).
     """
 
     attempt: int
@@ -28,6 +29,7 @@ class Attempt:
     nodes: list[str] = field(default_factory=list)
     host: str = ""
     pid: int = 0
+    checkpoint: int | None = None
     end: float | None = None
     exit_code: int | None = None
     reason: str | None = None
@@ -65,8 +67,20 @@ def open_attempt(
     opened = Attempt(
         number, time.time(), job_id, restart_count, nodes or [], socket.gethostname(), os.getpid()
     )
+    opened.checkpoint = run.latest_complete()
     jsonl.append(run.attempts, opened.__dict__)
     return opened
+
+
+def requeues_without_progress(run: RunDir) -> int:
+    """How many attempts in a row, up to the newest that has ended, were requeued and began with the
+    checkpoint that is the newest still."""
+    newest, count = run.latest_complete(), 0
+    for attempt in reversed([attempt for attempt in read_attempts(run) if attempt.end is not None]):
+        if attempt.reason != "requeue" or attempt.checkpoint != newest:
+            break
+        count += 1
+    return count
 
 
 def close_attempt(

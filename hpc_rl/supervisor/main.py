@@ -19,7 +19,14 @@ from hpc_rl.cluster.slurm import watcher
 from hpc_rl.cluster.slurm.commands import SlurmError
 from hpc_rl.plan import read_plan
 from hpc_rl.recipe.schema import Recipe
-from hpc_rl.run.attempts import Attempt, close_attempt, latest_job, open_attempt, read_attempts
+from hpc_rl.run.attempts import (
+    Attempt,
+    close_attempt,
+    latest_job,
+    open_attempt,
+    read_attempts,
+    requeues_without_progress,
+)
 from hpc_rl.run.events import EventLog, first_cause
 from hpc_rl.run.lock import LockHeld, LockLost, RunLock
 from hpc_rl.run.paths import RunDir
@@ -49,6 +56,8 @@ from hpc_rl.telemetry.run_report import write_run_report
 
 # Without Slurm nobody else bounds how often a run resumes itself.
 LOCAL_RESUMES = 20
+# So many walltimes in a row without a new checkpoint, and the next one would end like them.
+FRUITLESS_REQUEUES = 3
 
 
 class Supervision:
@@ -97,6 +106,8 @@ class Supervision:
         except (LockLost, OSError, SlurmError, ValueError) as error:
             events.failure("supervisor", f"{type(error).__name__}: {error}")
             outcome = Outcome(EXIT_FAILED, "failed")
+        if outcome.code == EXIT_REQUEUE:
+            outcome = self._unless_fruitless(outcome, events)
         cause = first_cause(self.run, attempt.attempt) if outcome.reason == "failed" else None
         close_attempt(
             self.run,
@@ -113,6 +124,21 @@ class Supervision:
         )
         self._report()
         return outcome
+
+    def _unless_fruitless(self, outcome: Outcome, events: EventLog) -> Outcome:
+        """`outcome`, or a failure when requeues have brought no new checkpoint for several attempts."""
+        newest = self.run.latest_complete()
+        attempts = read_attempts(self.run)
+        earlier = requeues_without_progress(self.run)
+        if attempts[-1].checkpoint != newest or earlier + 1 < FRUITLESS_REQUEUES:
+            return outcome
+        have = "no checkpoint" if newest is None else f"no checkpoint after step {newest}"
+        events.failure(
+            "supervisor",
+            f"{FRUITLESS_REQUEUES} attempts in a row ended at the walltime with {have}; it is not requeued. "
+            "Give it more time (cluster.time, cluster.signal_seconds) and `hpc-rl resume` it",
+        )
+        return Outcome(EXIT_FAILED, "failed")
 
     def _loop(self, attempt: Attempt, events: EventLog) -> AttemptLoop:
         environments = Environments(self.plan, self.recipe)

@@ -15,7 +15,7 @@ import pytest
 from trivial import Supervised, make_run, processes_of
 
 from hpc_rl.bus.client import Bus
-from hpc_rl.run.attempts import read_attempts
+from hpc_rl.run.attempts import close_attempt, open_attempt, read_attempts
 from hpc_rl.run.events import read_events
 from hpc_rl.run.paths import RunDir
 from hpc_rl.run.process import start_ticks
@@ -216,6 +216,30 @@ def test_walltime_resumes_without_slurm_in_the_next_attempt(tmp_path: Path, supe
     assert one.wait() == 0, one.logs()
     assert [(a.attempt, a.reason) for a in read_attempts(run)] == [(1, "requeue"), (2, "done")]
     assert os.readlink(run.logs / "latest") == "attempt_2"
+
+
+def test_walltimes_that_bring_no_checkpoint_end_the_run(tmp_path: Path, supervised: Start) -> None:
+    """The third in a row; a checkpoint in between counts as progress."""
+    run = make_run(tmp_path, policy=1, rollout=0)
+    for job in ("1", "2"):
+        close_attempt(run, open_attempt(run, job_id=job), exit_code=75, reason="requeue", cause=None)
+    run.checkpoint(5).mkdir(parents=True)
+    (run.checkpoint(5) / "COMPLETE").touch()
+    one = supervised(run, goal=LONG)
+    for attempt in (3, 4, 5):
+        one.until(lambda: run.bus_file(attempt).exists() and len(beats(run, attempt)) > 1, "a worker", 30.0)  # noqa: B023
+        one.process.send_signal(signal.SIGUSR2)
+        if attempt < 5:
+            one.until(lambda: read_attempts(run)[-1].attempt > attempt, "the next attempt", 30.0)  # noqa: B023
+    assert one.wait() == 1, one.logs()
+    attempts = read_attempts(run)
+    assert [a.reason for a in attempts] == ["requeue"] * 4 + ["failed"]
+    assert [a.checkpoint for a in attempts] == [None, None, 5, 5, 5]
+    cause = attempts[-1].first_cause
+    assert cause is not None
+    assert cause.startswith(
+        "supervisor: 3 attempts in a row ended at the walltime with no checkpoint after step 5"
+    )
 
 
 def test_one_supervisor_per_run(tmp_path: Path, supervised: Start) -> None:
