@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from hpc_rl.bus.server import RedisServer
 from tests.tiny_models import save_model, save_tokenizer
@@ -25,3 +26,11 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    """A test that fails before it closes its trainer does not take the next ones with it."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -6,42 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hpc_rl.bus.server import RedisServer
 from hpc_rl.data.rows import load_rows
 from hpc_rl.models.hf.folder import load_tokenizer
-from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.sft_data import SftData
 from hpc_rl.policy.sft_rows import row_source
-from hpc_rl.recipe.schema import Recipe
-from hpc_rl.run.paths import RunDir
-from tests.policy.sft_runs import SGD, parameters, save, train
-from tests.ranks import run_ranks
-from tests.training import make_context, make_plan, make_recipe, make_run
+from tests.policy.sft_runs import (
+    SGD,
+    apart,
+    equal,
+    fresh,
+    one_process,
+    parameters,
+    save,
+    sharded,
+    start,
+    train,
+)  # fmt: skip
+from tests.training import make_recipe
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
 
 
-def whole_run(folder: Path, recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor]]:
-    run = make_run(folder, recipe, make_plan(recipe))
-    trainer = Fsdp2Trainer(make_context(run, recipe))
-    assert trainer.load() == 0
-    losses = train(trainer, 1, trainer.total_steps)
-    result = parameters(trainer)
-    trainer.close()
-    return losses, result
-
-
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_model)
-    losses, expected = whole_run(tmp_path / "whole", recipe)
+    whole = one_process(tmp_path / "whole", recipe)
+    losses = whole["losses"]
     assert losses[-1] < losses[0] - 0.3  # it learns something at all
 
-    run = make_run(tmp_path / "cut", recipe, make_plan(recipe))
-    first = Fsdp2Trainer(make_context(run, recipe))
-    first.load()
+    run, first = fresh(tmp_path / "cut", recipe)
     before = train(first, 1, 3)
     save(first, run, 3)
     train(first, 4, 5)  # lost with the process
@@ -49,39 +44,19 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tiny_model: Path, tm
     (run.checkpoint(5) / "policy").mkdir(parents=True)  # a save that was under way does not count
     torch.manual_seed(999)
 
-    second = Fsdp2Trainer(make_context(run, recipe, attempt=2))
-    assert second.load() == 3
-    after = train(second, 4, 8)
-    resumed = parameters(second)
+    second = start(run, recipe, attempt=2, step=3)
+    assert before + train(second, 4, 8) == losses
+    assert equal(parameters(second), whole["parameters"])
     second.close()
-    assert before + after == losses
-    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
 def test_the_packing_does_not_change_the_training(tiny_model: Path, tmp_path: Path) -> None:
     base = {"steps": 3, "optimizer": SGD}
-    losses, expected = whole_run(tmp_path / "a", make_recipe(tmp_path, tiny_model, **base))
+    packed = one_process(tmp_path / "a", make_recipe(tmp_path, tiny_model, **base))
     alone = {"micro_batch_tokens": None, "micro_batch_size": 1}
-    other, result = whole_run(tmp_path / "b", make_recipe(tmp_path, tiny_model, **base, **alone))
-    assert max(abs(a - b) for a, b in zip(losses, other, strict=True)) <= 1e-5
-    assert max(float((result[n] - v).abs().max()) for n, v in expected.items()) <= 1e-5
-
-
-def sharded_run(rank: int, world_size: int, root: str, recipe_json: str, bus_file: str, out: str) -> None:
-    recipe = Recipe.model_validate_json(recipe_json)
-    run = RunDir(Path(root))
-    trainer = Fsdp2Trainer(
-        make_context(run, recipe, rank=rank, world_size=world_size, bus_file=Path(bus_file))
-    )
-    assert trainer.load() == 0
-    losses = train(trainer, 1, 3)
-    save(trainer, run, 3)
-    losses += train(trainer, 4, 6)
-    result = parameters(trainer)
-    if rank == 0:
-        torch.save({"losses": losses, "parameters": result}, out)
-    dist.barrier()
-    trainer.close()
+    other = one_process(tmp_path / "b", make_recipe(tmp_path, tiny_model, **base, **alone))
+    assert apart(packed["losses"], other["losses"]) <= 1e-5
+    assert apart(packed["parameters"], other["parameters"]) <= 1e-5
 
 
 @pytest.mark.redis
@@ -89,22 +64,15 @@ def test_two_ranks_equal_one_process_and_their_checkpoint_resumes_on_one(
     tiny_model: Path, tmp_path: Path, redis_server: RedisServer
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_model, steps=6, optimizer=SGD)
-    losses, expected = whole_run(tmp_path / "one", recipe)
-    run = make_run(tmp_path / "two", recipe, make_plan(recipe, 2))
-    bus_file = run.bus_file(1)
-    redis_server.write_bus_file(bus_file)
-    out = tmp_path / "two.pt"
-    arguments = (str(run.root), recipe.model_dump_json(), str(bus_file), str(out))
-    run_ranks(sharded_run, 2, tmp_path, *arguments, group=False)
-    two = torch.load(out)
-    assert max(abs(a - b) for a, b in zip(losses, two["losses"], strict=True)) <= 1e-5
-    assert max(float((two["parameters"][n] - v).abs().max()) for n, v in expected.items()) <= 1e-5
+    one = one_process(tmp_path / "one", recipe)
+    run, two = sharded(tmp_path / "two", recipe, redis_server, last=6, cut=3)
+    assert apart(one["losses"], two["losses"]) <= 1e-5
+    assert apart(one["parameters"], two["parameters"]) <= 1e-5
 
-    trainer = Fsdp2Trainer(make_context(run, recipe, attempt=2))
-    assert trainer.load() == 3
+    trainer = start(run, recipe, attempt=2, step=3)
     rest = train(trainer, 4, 6)
     trainer.close()
-    assert max(abs(a - b) for a, b in zip(losses[3:], rest, strict=True)) <= 1e-5
+    assert apart(one["losses"][3:], rest) <= 1e-5
 
 
 def make_data(tiny_model: Path, folder: Path, **policy: object) -> SftData:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hpc_rl.bus.messages import TrainStep
-from hpc_rl.checkpoint.layout import write_complete
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.rows import load_rows
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
@@ -20,7 +19,8 @@ from hpc_rl.policy.sft_rows import RowSource, row_source
 from hpc_rl.recipe.schema import DatasetSpec, Policy
 from hpc_rl.types import TrainSample
 from tests.data.chat_templates import ALL, make_tokenizer
-from tests.training import make_context, make_plan, make_recipe, make_run
+from tests.policy.sft_runs import equal, fresh, parameters, save, start, train
+from tests.training import make_context, make_recipe
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
@@ -201,8 +201,7 @@ def test_rows_that_fork_or_are_dropped_are_counted(tmp_path: Path) -> None:
 def test_steps_of_which_nothing_is_left_end_the_run(tiny_model: Path, tmp_path: Path) -> None:
     """One is skipped and counted; a whole epoch of them, or ten in a row, is a mistake somewhere."""
     recipe = make_recipe(tmp_path, tiny_model, max_length=2)  # ten rows in steps of 4
-    trainer = Fsdp2Trainer(make_context(make_run(tmp_path / "a", recipe, make_plan(recipe)), recipe))
-    trainer.load()
+    _, trainer = fresh(tmp_path / "a", recipe)
     for step in (1, 2):
         found = trainer.train_step(TrainStep(step))
         assert (found["train/skipped"], found["data/dropped"]) == (1.0, 4.0 * step)
@@ -292,27 +291,20 @@ def test_a_run_of_token_batches_resumes_bit_equal_from_its_checkpoint(
     """The position travels with the tensors, other data are refused by the trainer as well."""
     policy = {"batch_tokens": 32, "micro_batch_tokens": 16, "steps": None, "epochs": 3}
     recipe = make_recipe(tmp_path, tiny_model, **policy)
-    whole = Fsdp2Trainer(make_context(make_run(tmp_path / "a", recipe, make_plan(recipe)), recipe))
-    whole.load()
+    _, whole = fresh(tmp_path / "a", recipe)
     total = whole.total_steps
-    losses = [whole.train_step(TrainStep(step))["train/loss"] for step in range(1, total + 1)]
-    expected = {name: p.detach().clone() for name, p in whole.model.module.named_parameters()}
+    losses = train(whole, 1, total)
+    expected = parameters(whole)
     whole.close()
 
-    run = make_run(tmp_path / "b", recipe, make_plan(recipe))
-    first = Fsdp2Trainer(make_context(run, recipe))
-    first.load()
-    for step in (1, 2, 3):
-        first.train_step(TrainStep(step))
-    first.stage_checkpoint(3, run.checkpoint(3) / "policy", sync=True)
-    assert [result.error for result in first.poll()] == [""]
-    write_complete(run.checkpoint(3))
+    run, first = fresh(tmp_path / "b", recipe)
+    train(first, 1, 3)
+    save(first, run, 3)
     first.close()
-    second = Fsdp2Trainer(make_context(run, recipe, attempt=2))
-    assert (second.load(), second.total_steps) == (3, total)
-    rest = [second.train_step(TrainStep(step))["train/loss"] for step in range(4, total + 1)]
-    assert rest == losses[3:]
-    assert all(torch.equal(p, expected[name]) for name, p in second.model.module.named_parameters())
+    second = start(run, recipe, attempt=2, step=3)
+    assert second.total_steps == total
+    assert train(second, 4, total) == losses[3:]
+    assert equal(parameters(second), expected)
     second.close()
 
     Path(recipe.data.train.path).write_text('{"prompt": "1+1=", "completion": "3"}\n')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,32 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hpc_rl.bus.messages import TrainStep
 from hpc_rl.bus.server import RedisServer
 from hpc_rl.data.errors import DataError
 from hpc_rl.plan.schema import Mesh
-from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.trainer import NonFiniteError, SpikeError
 from hpc_rl.recipe.schema import Recipe
-from hpc_rl.run.paths import RunDir
 from tests.policy.sft_runs import (
     SGD,
+    apart,
     averages,
     equal,
     fresh,
     full_recipe,
+    one_process,
     parameters,
     save,
+    sharded,
     start,
     train,
     with_eval,
 )  # fmt: skip
-from tests.ranks import run_ranks
 from tests.tiny_models import save_model, save_tokenizer
-from tests.training import make_context, make_plan, make_recipe, make_run
+from tests.training import make_recipe
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
@@ -70,28 +68,6 @@ def test_interrupted_twice_with_everything_on_it_is_bit_equal(
     trainer.close()
 
 
-def ranks_run(
-    rank: int, world_size: int, root: str, recipe_json: str, bus_file: str, out: str, mesh: Mesh
-) -> None:
-    recipe = Recipe.model_validate_json(recipe_json)
-    run = RunDir(Path(root))
-    context = make_context(run, recipe, rank=rank, world_size=world_size, bus_file=Path(bus_file))
-    plan = context.plan.model_copy(update={"mesh": mesh})
-    trainer = Fsdp2Trainer(dataclasses.replace(context, plan=plan))
-    assert trainer.load() == 0
-    evals = [trainer.evaluate(0)["eval/loss"]]
-    losses = train(trainer, 1, 3)
-    evals.append(trainer.evaluate(3)["eval/loss"])
-    save(trainer, run, 3)
-    losses += train(trainer, 4, 6)
-    evals.append(trainer.evaluate(6)["eval/loss"])
-    shadow = averages(trainer)
-    if rank == 0:
-        torch.save({"losses": losses, "evals": evals, "averages": shadow}, out)
-    dist.barrier()
-    trainer.close()
-
-
 @pytest.mark.redis
 @pytest.mark.parametrize("mesh", [Mesh(dp_shard=2), Mesh(tp=2)], ids=["dp_shard", "tp"])
 def test_two_ranks_validate_and_average_as_one_and_resume_on_one(
@@ -103,30 +79,15 @@ def test_two_ranks_validate_and_average_as_one_and_resume_on_one(
     recipe = with_eval(
         make_recipe(tmp_path, model, steps=6, optimizer=optimizer, ema={"decay": 0.5, "start_step": 1})
     )
-    _, one = fresh(tmp_path / "one", recipe)
-    evals = [one.evaluate(0)["eval/loss"]]
-    losses = train(one, 1, 3)
-    evals.append(one.evaluate(3)["eval/loss"])
-    losses += train(one, 4, 6)
-    evals.append(one.evaluate(6)["eval/loss"])
-    expected = averages(one)
-    one.close()
-
-    run = make_run(tmp_path / "two", recipe, make_plan(recipe, 2))
-    redis_server.write_bus_file(run.bus_file(1))
-    out = tmp_path / "two.pt"
-    run_ranks(
-        ranks_run, 2, tmp_path, str(run.root), recipe.model_dump_json(), str(run.bus_file(1)), str(out),
-        mesh, group=False,
-    )  # fmt: skip
-    two = torch.load(out)
-    assert two["losses"] == pytest.approx(losses, abs=1e-5)
-    assert two["evals"] == pytest.approx(evals, abs=1e-5)
-    assert max(float((two["averages"][n] - v).abs().max()) for n, v in expected.items()) <= 1e-5
+    one = one_process(tmp_path / "one", recipe, cut=3)
+    run, two = sharded(tmp_path / "two", recipe, redis_server, last=6, cut=3, mesh=mesh)
+    assert apart(two["losses"], one["losses"]) <= 1e-5
+    assert apart(two["evals"], one["evals"]) <= 1e-5
+    assert apart(two["averages"], one["averages"]) <= 1e-5
 
     again = start(run, recipe, attempt=2, step=3)
-    assert train(again, 4, 6) == pytest.approx(losses[3:], abs=1e-5)
-    assert again.evaluate(6)["eval/loss"] == pytest.approx(evals[2], abs=1e-5)
+    assert apart(train(again, 4, 6), one["losses"][3:]) <= 1e-5
+    assert again.evaluate(6)["eval/loss"] == pytest.approx(one["evals"][2], abs=1e-5)
     again.close()
 
 
