@@ -49,6 +49,8 @@ class Multimodal:
         """The conversation with its media read. Videos become images where the processor takes none."""
         images = [self._files.image(source, where) for source in conversation.images]
         videos = [self._files.video(source, where) for source in conversation.videos]
+        if self._takes_videos:
+            videos = [_two_frames(video) for video in videos]
         opened = replace(conversation, images=images, videos=videos)
         return opened if self._takes_videos or not videos else _as_images(opened)
 
@@ -122,7 +124,8 @@ class Multimodal:
             return self._processor(text=[text], **options)
         except (ValueError, TypeError, IndexError, KeyError, StopIteration) as error:
             name = type(self._processor).__name__
-            raise DataError(f"{where}: {name} refuses its {len(images)} images: {error}") from error
+            found = [f"{len(some)} {what}" for some, what in ((images, "images"), (videos, "videos")) if some]
+            raise DataError(f"{where}: {name} refuses its {' and '.join(found)}: {error}") from error
 
     def _check(self, tokens: Tokens, text: str, where: str) -> None:
         """Control tokens stand where the expanded text has them; else no mask could be trusted."""
@@ -135,6 +138,16 @@ class Multimodal:
 
 def _parts(message: Message) -> list[dict[str, Any]]:
     return message["content"] if isinstance(message["content"], list) else []
+
+
+def _two_frames(video: Video) -> Video:
+    """A clip too short for a second frame has its only one twice: processors pair frames (Qwen3-VL's
+    refuses less than a pair, others repeat the last one themselves)."""
+    if len(video.frames) > 1:
+        return video
+    return replace(
+        video, frames=np.repeat(video.frames, 2, 0), seconds=video.seconds * 2, indices=video.indices * 2
+    )
 
 
 def _as_images(conversation: Conversation) -> Conversation:

@@ -26,11 +26,6 @@ VIDEO = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 def make(family: str, template: str | None = None, **spec: Any) -> tuple[Any, Encoder, Multimodal]:
     made = processor(family)
     made.chat_template = template or made.chat_template
-    if family in VIDEO:
-        made.chat_template = made.chat_template.replace(
-            "{% else %}{{ part['text'] }}",
-            "{% elif part['type'] == 'video' %}<vision><video></vision>{% else %}{{ part['text'] }}",
-        )
     options = DatasetSpec(**{"path": "a.json", "format": "llava", **spec})
     media = Multimodal(made, MediaFiles(options, None))
     return made, Encoder(made.tokenizer, options, spec.pop("max_length", None), media), media
