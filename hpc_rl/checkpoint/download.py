@@ -80,10 +80,7 @@ def _checkpoint(store: S3Store, folder: Path, keys: dict[str, int], say: Callabl
             item = folder / listed.item
             for number, (name, entry) in enumerate(sorted(listed.files.items()), 1):
                 path = item / name
-                there = (
-                    path.is_file() and path.stat().st_size == entry.nbytes and checksum(path) == entry.xxh3
-                )
-                if not there:
+                if not _is_there(path, entry):
                     say(f"{number}/{len(listed.files)} {listed.item}/{name}: {entry.nbytes / 1e6:.1f} MB")
                     store.get_file(f"{listed.item}/{name}", path, entry)
             return item.name

@@ -1,15 +1,16 @@
 """Objects of an S3 bucket: put, get and listed, with checksums, and errors that say what to change. No torch.
 
 Every object carries the XXH3-64 of its bytes as metadata (`xxh3`). One that is there with the same size and
-checksum is not sent again, so an upload that was cut off goes on where it stopped; what is downloaded is
-compared with it. (The transfer itself is checked by S3's own checksums, which botocore adds.) boto3 is
-imported when the first store is made: it takes a noticeable part of a second.
+checksum is not sent again, nor is a part of a large one (`s3_parts`), so an upload that was cut off goes on
+where it stopped; what is downloaded is compared with it. (The transfer itself is checked by S3's own
+checksums, which botocore adds.) boto3 is imported when the first store is made: it takes a noticeable part
+of a second.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,11 @@ class S3Store:
     """The objects under one location. Keys are relative to it. Raises UploadError."""
 
     def __init__(
-        self, location: Location, environ: Mapping[str, str] | None = None, tries: int = TRIES
+        self,
+        location: Location,
+        environ: Mapping[str, str] | None = None,
+        tries: int = TRIES,
+        part_bytes: int = PART_BYTES,
     ) -> None:
         import boto3
         from boto3.s3.transfer import TransferConfig
@@ -95,8 +100,9 @@ class S3Store:
             ),
         )
         self._transfer = TransferConfig(
-            multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4
+            multipart_threshold=part_bytes, multipart_chunksize=part_bytes, max_concurrency=4
         )
+        self._part_bytes = part_bytes
 
     # --- writing -----------------------------------------------------------------------------------
     def put(self, key: str, data: bytes) -> None:
@@ -107,22 +113,26 @@ class S3Store:
                 Bucket=self.location.bucket, Key=self._key(key), Body=data, Metadata=metadata
             )
 
-    def put_file(self, key: str, path: Path, entry: FileEntry) -> bool:
-        """Store the file unless it is there already; whether it had to be sent."""
+    def put_file(
+        self, key: str, path: Path, entry: FileEntry, on_part: Callable[[int], None] = lambda nbytes: None
+    ) -> int:
+        """Store the file unless it is there already; how many bytes had to be sent. `on_part` is called with
+        the bytes of each part of a large file that was sent."""
         if self.find(key) == entry:
-            return False
+            return 0
+        target, metadata = (self.location.bucket, self._key(key)), {"xxh3": entry.xxh3}
         with self._told(f"write {key}"):
-            self._client.upload_file(
-                str(path),
-                self.location.bucket,
-                self._key(key),
-                ExtraArgs={"Metadata": {"xxh3": entry.xxh3}},
-                Config=self._transfer,
-            )
+            if entry.nbytes >= self._part_bytes:
+                from hpc_rl.checkpoint.s3_parts import upload_in_parts
+
+                sent = upload_in_parts(self._client, *target, path, metadata, self._part_bytes, on_part)
+            else:
+                self._client.upload_file(str(path), *target, {"Metadata": metadata}, Config=self._transfer)
+                sent = entry.nbytes
         stored = self.find(key)
         if stored != entry:
             raise UploadError(f"{self.location}/{key} is {stored} after the upload, not {entry}")
-        return True
+        return sent
 
     def delete(self, key: str) -> None:
         with self._told(f"delete {key}"):

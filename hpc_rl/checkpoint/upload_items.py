@@ -12,6 +12,7 @@ A folder without its list under `uploads/` is not complete.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +106,35 @@ def files_of(run: RunDir, item: str) -> Uploaded:
     return Uploaded(item, files)
 
 
+class Progress:
+    """A line for every gigabyte or so of a large file that was sent. Called from several threads."""
+
+    EVERY = 1 << 30
+
+    def __init__(self, name: str, entry: FileEntry, say: Callable[[str], None]) -> None:
+        self._name, self._entry, self._say = name, entry, say
+        self._sent = self._said = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        with self._lock:
+            self._sent += nbytes
+            if self._sent - self._said >= self.EVERY:
+                self._said = self._sent
+                self._say(f"{self._name}: {self._sent / 1e9:.1f} of {self._entry.nbytes / 1e9:.1f} GB sent")
+
+
 def upload_item(store: S3Store, run: RunDir, item: str, say: Callable[[str], None]) -> Done:
     """Store a folder, what is there already left out, and then its list. Raises UploadError."""
     listed = files_of(run, item)
     sent = 0
     try:
         for name, entry in sorted(listed.files.items()):
-            if store.put_file(f"{item}/{name}", run.root / item / name, entry):
-                sent += entry.nbytes
-                say(f"{item}/{name}: {entry.nbytes / 1e6:.1f} MB")
+            one = store.put_file(f"{item}/{name}", run.root / item / name, entry, Progress(name, entry, say))
+            if one:
+                sent += one
+                rest = "" if one == entry.nbytes else f" of {entry.nbytes / 1e6:.1f} MB; the rest was there"
+                say(f"{item}/{name}: {one / 1e6:.1f} MB{rest}")
     except FileNotFoundError as error:
         raise UploadError(f"{error.filename} is gone: a newer one superseded it", permanent=True) from error
     store.put(list_key(item), msgspec.json.encode(listed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ import boto3
 import pytest
 
 from hpc_rl.checkpoint.download import download_run
+from hpc_rl.checkpoint.manifest import FileEntry, checksum
 from hpc_rl.checkpoint.s3 import PART_BYTES, Location, S3Store, UploadError
+from hpc_rl.checkpoint.s3_parts import Part, is_stored, parts_of
 from hpc_rl.checkpoint.upload import Targets, Uploads
 from hpc_rl.checkpoint.upload_items import files_of, items_of, list_key, upload_item
 from hpc_rl.run.events import EventLog, read_events
@@ -83,6 +86,77 @@ def test_large_files_go_in_parts_and_keep_their_checksum(run: RunDir, store: S3S
     entry = files_of(run, "safetensors/final").files["big.bin"]
     store.get_file("safetensors/final/big.bin", tmp_path / "back", entry)
     assert filecmp.cmp(path, tmp_path / "back", shallow=False)
+
+
+DIES_AT_ITS_THIRD_PART = """
+import itertools, os, signal, sys
+from pathlib import Path
+from hpc_rl.checkpoint.manifest import FileEntry, checksum
+from hpc_rl.checkpoint.s3 import Location, S3Store
+path = Path(sys.argv[1])
+store, count = S3Store(Location("runs", "mine"), part_bytes=5 << 20), itertools.count(1)
+die = lambda **_: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 3 else None
+store._client.meta.events.register("after-call.s3.UploadPart", die)
+store.put_file("big", path, FileEntry(path.stat().st_size, checksum(path)))
+"""
+
+
+def test_a_large_file_whose_upload_was_killed_goes_on_with_its_parts(
+    s3_environ: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "big.bin"
+    path.write_bytes(random_bytes(2, 1 << 20) * 62)  # thirteen parts
+    command = [sys.executable, "-c", DIES_AT_ITS_THIRD_PART, str(path)]
+    killed = subprocess.run(command, env={**os.environ, **s3_environ}, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    store = S3Store(Location(BUCKET, "mine"), part_bytes=5 << 20)  # the least that S3 takes
+    entry = FileEntry(path.stat().st_size, checksum(path))
+    assert store.find("big") is None
+    parts: list[int] = []
+    sent = store.put_file("big", path, entry, parts.append)
+    assert sent == sum(parts)
+    assert 0 < sent <= entry.nbytes - 3 * (5 << 20)
+    assert store.find("big") == entry
+    store.get_file("big", tmp_path / "back", entry)
+    assert filecmp.cmp(path, tmp_path / "back", shallow=False)
+    assert not boto3.client("s3").list_multipart_uploads(Bucket=BUCKET).get("Uploads")
+
+
+def test_parts_of_another_file_of_that_name_are_sent_again(store: S3Store, tmp_path: Path) -> None:
+    client, key = boto3.client("s3"), f"{store.location.prefix}/big"
+    begun = client.create_multipart_upload(Bucket=BUCKET, Key=key, Metadata={"xxh3": "of another"})
+    stale = {"Bucket": BUCKET, "Key": key, "UploadId": begun["UploadId"], "PartNumber": 1}
+    client.upload_part(**stale, Body=b"a" * PART_BYTES)
+    path = tmp_path / "big.bin"
+    path.write_bytes(b"b" * (PART_BYTES + 1))
+    entry = FileEntry(path.stat().st_size, checksum(path))
+    with pytest.raises(UploadError, match="after the upload, not"):  # the old upload's metadata
+        store.put_file("big", path, entry)
+    assert store.put_file("big", path, entry) == entry.nbytes  # what the next of the three tries does
+    assert store.find("big") == entry
+
+
+def test_a_part_is_known_by_its_checksum_where_the_store_gives_one(tmp_path: Path) -> None:
+    """Amazon's does (the test server does not): an encrypting store's ETag is no MD5."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789" * 100)
+    stored = {
+        "Size": 400,
+        "ETag": '"0-of-an-encrypted-part"',
+        "ChecksumCRC32": "eqDstA==",
+    }  # of ten digits x 40
+    assert is_stored(path, Part(2, 600, 400), stored)
+    assert not is_stored(path, Part(2, 601, 400), stored)
+    assert not is_stored(path, Part(2, 600, 399), stored)
+    assert not is_stored(path, Part(2, 600, 400), {name: stored[name] for name in ("Size", "ETag")})
+
+
+def test_parts_keep_to_the_limits_of_s3() -> None:
+    parts = parts_of(5 * 10**12, PART_BYTES)
+    assert len(parts) <= 10_000
+    assert sum(part.nbytes for part in parts) == 5 * 10**12
+    assert all(a.start + a.nbytes == b.start for a, b in itertools.pairwise(parts))
+    assert [part.nbytes for part in parts_of(PART_BYTES + 1, PART_BYTES)] == [PART_BYTES, 1]
 
 
 def test_an_upload_that_was_killed_goes_on_where_it_stopped(
