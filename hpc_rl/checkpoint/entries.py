@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.tensor import DTensor
 
-from hpc_rl.checkpoint.blocks import held_blocks, own_blocks
+from hpc_rl.models.blocks import held_blocks, own_blocks
 
 PIECES = ".pieces.json"
 

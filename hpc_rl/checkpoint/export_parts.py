@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hpc_rl.checkpoint.blocks import Block, all_blocks, by_rows, own_blocks
 from hpc_rl.checkpoint.export_files import DTYPES, Entry, Plan, plan_files
+from hpc_rl.models.blocks import Block, all_blocks, by_rows, own_blocks
 
 
 class ExportError(RuntimeError):

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from hpc_rl.checkpoint.blocks import held_blocks
 from hpc_rl.checkpoint.entries import read_metadata
 from hpc_rl.checkpoint.image import data_offset
+from hpc_rl.models.blocks import held_blocks
 
 BUCKET = 32 << 20
 HEAD = 4096  # more than the archive's bytes before the data

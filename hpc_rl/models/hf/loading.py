@@ -1,25 +1,23 @@
 """Weights from safetensors into a sharded model, never the whole model in one process at once.
 
-Every rank reads what it needs: of a tensor that is in the file as it is in memory, only its own part,
-straight into the shard; of one that is put together from several (experts, fused projections), these
-several, one target at a time. Names and conversions are transformers' own
-(`core_model_loading`), so whatever `from_pretrained` reads is read here.
+Every rank reads its own part of each tensor, straight into the shard (`sources.py`: also of those that are
+put together from several). Names and conversions are transformers' own (`core_model_loading`), so whatever
+`from_pretrained` reads is read here.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -28,8 +26,10 @@ from transformers.core_model_loading import (
 )
 
 from hpc_rl.models.base import ModelError
+from hpc_rl.models.blocks import held_blocks
 from hpc_rl.models.hf.conversion import way_back
 from hpc_rl.models.hf.reading import Reader
+from hpc_rl.models.hf.sources import InFile, Source, convert
 
 LOG = logging.getLogger("hpc_rl.models")
 
@@ -46,6 +46,7 @@ def load_weights(
     """
     if targets is None:
         targets = module.state_dict(keep_vars=True)
+    began = time.monotonic()
     tied = set(module.all_tied_weights_keys)
     plan, unexpected = plan_of(module, files, transforms, targets)
     reader = Reader(files)
@@ -59,6 +60,7 @@ def load_weights(
                     fill(targets[name], source, name)
                     loaded.add(name)
     reader.close()
+    LOG.info("%.2f GB of the files read in %.1f s", reader.nbytes / 1e9, time.monotonic() - began)
     module._weight_conversions = way_back(transforms)
     _check_complete(module, targets, loaded, tied)
     ignored = "|".join(module._keys_to_ignore_on_load_unexpected or []) or r"rotary_emb\.inv_freq"
@@ -97,85 +99,26 @@ def plan_of(
     return plan, unexpected
 
 
-class _Source:
-    """One tensor to copy from: in the file as it is (read by rows), or made by a conversion."""
-
-    def __init__(self, reader: Reader | None = None, key: str = "", tensor: Tensor | None = None) -> None:
-        self._reader, self._key, self._tensor = reader, key, tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if self._tensor is not None:
-            return tuple(self._tensor.shape)
-        assert self._reader is not None
-        return self._reader.shape(self._key)
-
-    def fill(self, local: Tensor, offset: tuple[int, ...]) -> None:
-        """Copy the block at `offset`, as large as `local`, into it."""
-        reader = self._reader
-        if reader is not None and local.shape[1:] == self.shape[1:]:
-            reader.rows_into(local, self._key, offset[0] if offset else 0)
-            return
-        block = [slice(o, o + n) for o, n in zip(offset, local.shape, strict=True)]
-        if self._tensor is not None:
-            local.copy_(self._tensor[tuple(block)])
-            return
-        assert reader is not None
-        local.copy_(reader.rows(self._key, block[0].start, block[0].stop)[(slice(None), *block[1:])])
-
-
-def realised(module: Any, reader: Reader, first: str, mapping: Any) -> Iterator[tuple[str, _Source]]:
+def realised(module: Any, reader: Reader, first: str, mapping: Any) -> Iterator[tuple[str, Source]]:
+    """Name in memory, where its numbers are. Nothing is read yet, but for conversions that must be whole."""
     if isinstance(mapping, WeightRenaming):
         (keys,) = mapping.collected_tensors.values()
-        yield first, _Source(reader=reader, key=str(keys[0]))
+        yield first, InFile(reader, str(keys[0]))
         return
-    for keys in mapping.collected_tensors.values():
-        keys[:] = [reader.tensor(key) for key in keys]
-    for name, value in mapping.convert(first, model=module, config=module.config).items():
-        yield name, _Source(tensor=value[0] if isinstance(value, list) else value)
+    yield from convert(module, reader, first, mapping).items()
 
 
-def fill(target: Tensor, source: _Source, name: str) -> None:
+def fill(target: Tensor, source: Source, name: str) -> None:
+    """Read what this rank has of `target`: one block, or several where fused halves are split each."""
     if tuple(target.shape) != source.shape:
         raise ModelError(
             f"{name} is {list(source.shape)} in the files, but config.json makes it {list(target.shape)}"
         )
-    if not isinstance(target, DTensor):
-        source.fill(target.data, (0,) * target.dim())
-        return
-    local = target.to_local()
+    local = target.to_local() if isinstance(target, DTensor) else target.data
     if local.numel() == 0:
         return
-    # What a rank has is one block, or several where fused halves are split each.
-    for block in itertools.product(*(own_runs(target, dim) for dim in range(target.dim()))):
-        here = tuple(slice(run.at, run.at + run.size) for run in block)
-        source.fill(local[here], tuple(run.start for run in block))
-
-
-class Run(NamedTuple):
-    """`size` places of one dimension: from `start` in the full tensor, from `at` in this rank's part."""
-
-    at: int
-    start: int
-    size: int
-
-
-def own_runs(tensor: DTensor, dim: int) -> list[Run]:
-    """What this rank has of dimension `dim`; torch's own splitting, placement by placement."""
-    indices = torch.arange(tensor.shape[dim])
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
-    for mesh_dim, placement in enumerate(tensor.placements):
-        strided = isinstance(placement, _StridedShard)
-        if not (strided or isinstance(placement, Shard)) or placement.dim % tensor.dim() != dim:
-            continue
-        along = _StridedShard(0, split_factor=placement.split_factor) if strided else Shard(0)
-        count = tensor.device_mesh.size(mesh_dim)
-        parts, _ = along._split_tensor(indices, count, with_padding=False, contiguous=False)
-        indices = parts[coordinate[mesh_dim]]
-    ends = (torch.nonzero(torch.diff(indices) != 1).flatten() + 1).tolist()
-    bounds = itertools.pairwise([0, *ends, len(indices)])
-    return [Run(at, int(indices[at]), end - at) for at, end in bounds]
+    for block in held_blocks(target):
+        source.fill(local[block.of_local()], block.start)
 
 
 def _check_complete(module: Any, targets: dict[str, Tensor], loaded: set[str], tied: set[str]) -> None:

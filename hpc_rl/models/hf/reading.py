@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from hpc_rl.models.base import ModelError
 
 BUFFER_BYTES = 8 << 20
+MIN_RUN_BYTES = 4096  # a page: of less, the whole page comes from the file anyway
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -33,18 +34,35 @@ class _Entry:
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
 
+
+@dataclass(frozen=True)
+class _Block:
+    """A tensor of `shape` in the file, from byte `at` on: all of `name`, or a row of it."""
+
+    handle: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    at: int
+
     @property
-    def row_bytes(self) -> int:
+    def pitch(self) -> int:
+        """Bytes from one row to the next."""
         return prod(self.shape[1:]) * self.dtype.itemsize
+
+    def row(self, number: int) -> _Block:
+        return replace(self, shape=self.shape[1:], at=self.at + number * self.pitch)
 
 
 class Reader:
-    """Tensors of several safetensors files by name; whole or by rows of the first dimension."""
+    """Tensors of several safetensors files by name: whole, by rows of the first dimension, or a block.
+    `nbytes` counts what was read."""
 
     def __init__(self, files: dict[str, Path]) -> None:
         self._files = files
         self._open: dict[Path, tuple[int, dict[str, _Entry]]] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.nbytes = 0
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape
@@ -62,22 +80,78 @@ class Reader:
         self.rows_into(found, name, start)
         return found
 
+    def empty(self, name: str) -> Tensor:
+        """A tensor like `name`, without values."""
+        _, entry = self._find(name)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
     def rows_into(self, target: Tensor, name: str, start: int) -> None:
         """Fill `target` with as many rows of `name` as it has, from row `start` on; cast and moved as
         `target` is."""
+        self.block_into(target, name, (start,) + (0,) * (target.dim() - 1))
+
+    def block_into(self, target: Tensor, name: str, offset: tuple[int, ...]) -> None:
+        """Fill `target` with the block of `name` at `offset`, as large as `target`; cast and moved as it is.
+
+        Only the bytes of the block are read, or whole rows where the pieces of rows would be shorter than
+        a page. Needs one buffer of BUFFER_BYTES at most.
+        """
         handle, entry = self._find(name)
-        at = entry.start + start * entry.row_bytes
-        if target.dtype == entry.dtype and target.device.type == "cpu" and target.is_contiguous():
-            self._read(handle, target, at, name)
+        if target.dim() == 0:
+            target, offset, entry = target.reshape(1), (0,), replace(entry, shape=(1,))
+        if target.numel():
+            self._block(_Block(handle, name, entry.dtype, entry.shape, entry.start), target, offset)
+
+    def _block(self, file: _Block, target: Tensor, offset: tuple[int, ...]) -> None:
+        own, full = tuple(target.shape), file.shape
+        if own[1:] == full[1:]:
+            self._pieces(file, target, file.at + offset[0] * file.pitch)
+        elif own[2:] == full[2:]:
+            self._columns(file, target, offset)
+        else:
+            for row in range(own[0]):
+                self._block(file.row(offset[0] + row), target[row], offset[1:])
+
+    def _pieces(self, file: _Block, target: Tensor, at: int) -> None:
+        """All of `target` is in one piece of the file."""
+        if _is_room(target, file.dtype):
+            self._read(file, target, at)
             return
-        rows = target.shape[0] if target.dim() else 1
-        step = max(1, BUFFER_BYTES // max(1, entry.row_bytes))
-        flat = target if target.dim() else target.reshape(1)
-        for first in range(0, rows, step):
-            part = flat[first : first + step]
-            buffer = self._staging(part.numel() * entry.dtype.itemsize, target.is_cuda)
-            piece = buffer.view(entry.dtype).view(part.shape)
-            self._read(handle, piece, at + first * entry.row_bytes, name)
+        row = prod(target.shape[1:]) * file.dtype.itemsize
+        if row > BUFFER_BYTES and target.dim() > 1:
+            for number in range(target.shape[0]):
+                self._pieces(file, target[number], at + number * row)
+            return
+        step = max(1, BUFFER_BYTES // row)
+        for first in range(0, target.shape[0], step):
+            part = target[first : first + step]
+            piece = self._staging(part.numel(), file.dtype, target.is_cuda).view(part.shape)
+            self._read(file, piece, at + first * row)
+            part.copy_(piece)
+
+    def _columns(self, file: _Block, target: Tensor, offset: tuple[int, ...]) -> None:
+        """Each row of `target` is a run within a row of the file."""
+        run = prod(target.shape[1:]) * file.dtype.itemsize
+        skip = offset[1] * prod(file.shape[2:]) * file.dtype.itemsize
+        at = file.at + offset[0] * file.pitch
+        in_place = _is_room(target[0], file.dtype)
+        if (in_place and run >= MIN_RUN_BYTES) or run > BUFFER_BYTES or file.pitch > BUFFER_BYTES:
+            for row in range(target.shape[0]):
+                self._pieces(file, target[row], at + row * file.pitch + skip)
+            return
+        whole = run < MIN_RUN_BYTES
+        step = max(1, BUFFER_BYTES // (file.pitch if whole else run))
+        for first in range(0, target.shape[0], step):
+            part = target[first : first + step]
+            width = file.shape[1] if whole else part.shape[1]
+            rows = (part.shape[0], width, *part.shape[2:])
+            piece = self._staging(prod(rows), file.dtype, target.is_cuda).view(rows)
+            if whole:
+                self._read(file, piece, at + first * file.pitch)
+                piece = piece.narrow(1, offset[1], part.shape[1])
+            else:
+                for row in range(part.shape[0]):
+                    self._read(file, piece[row], at + (first + row) * file.pitch + skip)
             part.copy_(piece)
 
     def close(self) -> None:
@@ -85,19 +159,23 @@ class Reader:
             os.close(handle)
         self._open.clear()
 
-    def _staging(self, nbytes: int, pinned: bool) -> Tensor:
+    def _staging(self, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+        nbytes = count * dtype.itemsize
         if self._buffer.numel() < nbytes:
             self._buffer = torch.empty(max(nbytes, BUFFER_BYTES), dtype=torch.uint8, pin_memory=pinned)
-        return self._buffer[:nbytes]
+        return self._buffer[:nbytes].view(dtype)
 
-    def _read(self, handle: int, target: Tensor, at: int, name: str) -> None:
-        if target.numel() == 0:
-            return
-        room = target.reshape(-1).view(torch.uint8).numpy().data
+    def _read(self, file: _Block, target: Tensor, at: int) -> None:
+        # Contiguous it is, but dimensions of one place may have any stride, which `view` refuses.
+        flat = target.as_strided((target.numel(),), (1,))
+        room = flat.view(torch.uint8).numpy().data
+        self.nbytes += len(room)
         while room:
-            count = os.preadv(handle, [room], at)
+            count = os.preadv(file.handle, [room], at)
             if count == 0:
-                raise ModelError(f"{self._files[name]} ends within {name}; is the download complete?")
+                raise ModelError(
+                    f"{self._files[file.name]} ends within {file.name}; is the download complete?"
+                )
             room, at = room[count:], at + count
 
     def _find(self, name: str) -> tuple[int, _Entry]:
@@ -107,6 +185,11 @@ class Reader:
             self._open[path] = (handle, _entries(handle, path))
         handle, entries = self._open[path]
         return handle, entries[name]
+
+
+def _is_room(target: Tensor, dtype: torch.dtype) -> bool:
+    """Whether bytes of a file with `dtype` can be read straight into `target`."""
+    return target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
 
 
 def _entries(handle: int, path: Path) -> dict[str, _Entry]:
