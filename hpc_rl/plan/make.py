@@ -44,9 +44,6 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
     for name in unsupported_dimensions(recipe.policy.trainer, mesh.model_dump()):
         able = f"trainer {recipe.policy.trainer} shards by dp_replicate, dp_shard and tp, keep 1"
         problems.append(loaded.problem(f"is {getattr(mesh, name)}; {able}", "policy", "parallel", name))
-    if recipe.model.lora is not None and mesh.tp > 1 and recipe.policy.trainer == "fsdp2":
-        text = f"is {mesh.tp}; adapters (model.lora) are not split by tensor, keep 1"
-        problems.append(loaded.problem(text, "policy", "parallel", "tp"))
     facts = _facts(loaded, site, problems)
     warnings = [*sizer.warnings, *advice(loaded, placement, here=here)]
     memory = None

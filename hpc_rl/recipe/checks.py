@@ -180,6 +180,9 @@ def _model(recipe: Recipe) -> Found:
     if recipe.kind == "rl" and lora.dropout > 0:
         text = f"is {lora.dropout:g}; the sampler has no dropout, so the ratio would be wrong: set it to 0"
         yield ("model", "lora", "dropout"), text
+    elif recipe.policy.parallel.tp > 1 and lora.dropout > 0 and recipe.policy.trainer == "fsdp2":
+        text = f"is {lora.dropout:g}; with policy.parallel.tp each rank would draw another mask: set it to 0"
+        yield ("model", "lora", "dropout"), text
 
 
 def _data(recipe: Recipe) -> Found:

@@ -50,6 +50,13 @@ Wrong = Callable[..., str]
             ["model.dtype=float16"],
             "model.dtype: is 'float16'; gradients underflow in it without loss scaling",
         ),
+        (
+            [
+                *("kind=sft", "rollout=null", "reward=[]", "algorithm={name: sft}", "policy.trainer=fsdp2"),
+                *("policy.parallel={dp_shard: 4, tp: 2}", "model.lora={dropout: 0.1}"),
+            ],
+            "model.lora={dropout: 0.1}': model.lora.dropout: is 0.1; with policy.parallel.tp each rank",
+        ),
         (["policy.micro_batch_tokens=null"], "policy.micro_batch_tokens: set micro_batch_tokens, or"),
         (
             ["policy.optimizer.betas=[0.9, 1]"],

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hpc_rl.models.base import ModelError, ParallelSpec
+from hpc_rl.models.blocks import held_blocks
 from hpc_rl.models.hf import lora
 from hpc_rl.models.hf.loading import load_weights
 from hpc_rl.models.hf.model import HfModel
@@ -25,8 +26,11 @@ from hpc_rl.recipe.schema import Lora, Model
 def inject(module: Any, spec: Model, parallel: ParallelSpec) -> None:
     """Put the adapters of the recipe into `module` (on meta). Raises ModelError."""
     assert spec.lora is not None
-    if parallel.tp > 1:
-        raise ModelError("model.lora: adapters are not split by tensor; set policy.parallel.tp to 1")
+    if parallel.tp > 1 and spec.lora.dropout > 0:
+        raise ModelError(
+            f"model.lora.dropout: {spec.lora.dropout:g} would be another mask on each rank of "
+            f"policy.parallel.tp = {parallel.tp}; set it to 0"
+        )
     lora.inject(module, spec.lora, spec.path)
 
 
@@ -122,14 +126,20 @@ def adapter_export(
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`lora.merge` of tensors that are sharded by rows (or not at all): each rank makes its own rows."""
+    """`lora.merge` of tensors sharded in any way: each rank makes its own blocks of the weight. The factors
+    are gathered, which is little beside the weight."""
     if not isinstance(weight, DTensor):
         return lora.merge(weight.detach(), a, b, scale)
-    assert isinstance(a, DTensor) and isinstance(b, DTensor)
-    assert weight.placements == b.placements, f"{weight.placements} and {b.placements}"
-    rows = lora.merge(weight.to_local(), a.full_tensor(), b.to_local(), scale)
+    whole_a, whole_b = (f.full_tensor() if isinstance(f, DTensor) else f for f in (a, b))
+    local = weight.to_local()
+    values = torch.empty_like(local, dtype=torch.float32)
+    for block in held_blocks(weight):
+        rows, columns = block.of_full()
+        values[block.of_local()] = lora.merge(
+            local[block.of_local()], whole_a[:, columns], whole_b[rows], scale
+        )
     return DTensor.from_local(
-        rows,
+        values,
         weight.device_mesh,
         weight.placements,
         run_check=False,

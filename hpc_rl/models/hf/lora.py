@@ -22,16 +22,21 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from hpc_rl.models.base import ModelError
+from hpc_rl.models.blocks import held_blocks
+from hpc_rl.models.hf.adapter_names import (
+    ADAPTER,
+    is_factor,
+    is_original,
+    is_saved_whole,
+    plain_name,
+)
 from hpc_rl.recipe.schema import Lora
 
 LOG = logging.getLogger("hpc_rl.models")
-ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # of the names in an adapter file
-_FACTORS = {f"lora_{which}.{ADAPTER}.weight" for which in "AB"}
 
 
 def inject(module: Any, spec: Lora, base: str) -> None:
@@ -89,29 +94,7 @@ def _all_linear(module: Any) -> list[str]:
     return [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and part is not head]
 
 
-# --- names ---------------------------------------------------------------------------------------------
-def plain_name(name: str) -> str:
-    """The name of the plain model for a base weight (or a saved copy) of the adapted one."""
-    for infix in (".base_layer.", ".original_module.", f".modules_to_save.{ADAPTER}."):
-        name = name.replace(infix, ".")
-    return name
-
-
-def is_factor(name: str) -> bool:
-    """Whether `name` is an A or B."""
-    return any(name.endswith(factor) for factor in _FACTORS)
-
-
-def is_saved_whole(name: str) -> bool:
-    """Whether `name` is in the trained copy of a module that is saved whole."""
-    return f".modules_to_save.{ADAPTER}." in name
-
-
-def is_original(name: str) -> bool:
-    """Whether `name` is in the untrained original of a module that is saved whole."""
-    return ".original_module." in name
-
-
+# --- names -------------------------------------------------------------------------------------------
 def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` of the adapted module under the plain model's names: no factors; of a module that is
     saved whole, the trained copy."""
@@ -170,14 +153,9 @@ def _local(value: Tensor) -> Tensor:
 
 
 def _fill(parameter: Tensor, full: Tensor) -> None:
-    if not isinstance(parameter, DTensor):
-        parameter.data.copy_(full)
-        return
-    size, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    block = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
-    parameter.to_local().copy_(full[block])
+    local = _local(parameter)
+    for block in held_blocks(parameter):
+        local[block.of_local()].copy_(full[block.of_full()])
 
 
 class Deltas:

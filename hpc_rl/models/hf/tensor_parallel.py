@@ -1,8 +1,9 @@
 """Tensor parallelism by the model's own plan in Transformers, on the innermost dimension of the mesh.
 
 `module.tp_plan` says for each layer how it is split (columns, rows, packed halves of an MLP or of experts,
-norms of single heads); `apply_tensor_parallelism` of Transformers carries it out. What we add: weights that
-are tied stay tied, Qwen3-VL's text has the plan of Qwen3, and families without a plan are refused.
+norms of single heads); the styles of Transformers carry it out. What we add: weights that are tied stay tied,
+Qwen3-VL's text has the plan of Qwen3, adapters are split with their layers, and families without a plan are
+refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 
 from hpc_rl.models.base import ModelError
+from hpc_rl.models.hf.adapter_names import factor_module, plain_name
 
 # Text parts without a plan whose layers are, name for name, those of a model that has one.
 _SAME_LAYERS = {"qwen3_vl_text": "Qwen3Config"}
@@ -57,8 +59,70 @@ def _borrowed(module: Any, text: Any) -> dict[str, str]:
 
 
 def split(module: Any, mesh: DeviceMesh) -> None:
-    """Split `module` (on meta) over the one-dimensional `mesh`."""
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+    """Split `module` (on meta), with adapters or without, over the one-dimensional `mesh`.
 
-    apply_tensor_parallelism(module, mesh, plan_of(module, mesh.size()))
+    Where there are none, this is `apply_tensor_parallelism` of Transformers, which finds layers by names that
+    adapters change. Raises ModelError for a layer whose adapter cannot be split with it.
+    """
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    plan = plan_of(module, mesh.size())
+    names = {name for name, _ in module.named_modules()}
+    for name, part in list(module.named_modules()):
+        for own, _ in list(part.named_parameters(recurse=False)):
+            if style := _parameter_style(f"{name}.{own}", plan):
+                ALL_PARALLEL_STYLES[style].validate_param(part, own, mesh, parameter_name=f"{name}.{own}")
+                ALL_PARALLEL_STYLES[style].shard_param(part, own, mesh)
+        if style := _module_style(name, names, plan):
+            if style == _LATENT:
+                part.config = module.config.get_text_config()
+            ALL_PARALLEL_STYLES[style].install_forward(part, mesh)
+        part._is_hooked = True
     module.tie_weights()
+
+
+# Of an adapted layer: the factor that is split with it, as the layer itself is. By columns (of the output)
+# that is B, by rows A, whose product is summed over the ranks before B. The other factor is whole on each
+# rank and gets its whole gradient there: what is between the factors is replicated, and its gradient summed.
+_SPLIT_FACTOR = {"colwise": "lora_B", "packed_colwise": "lora_B", "rowwise": "lora_A"}
+_LATENT = "mla_kv_a_proj"  # not split; acts on the output, so on that of the layer with its adapter
+# Input and output are the same on each rank, so both factors are whole and need no communication.
+_WHOLE = {"colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", _LATENT}
+
+
+def _parameter_style(name: str, plan: dict[str, str]) -> str | None:
+    path, _, own = name.rpartition(".")
+    factor = factor_module(path)
+    if factor is not None:
+        return _factor_style(*factor, plan)
+    path = _generic(plain_name(path))
+    return plan.get(f"{path}.{own}", plan.get(path))
+
+
+def _module_style(name: str, names: set[str], plan: dict[str, str]) -> str | None:
+    factor = factor_module(name)
+    if factor is not None:
+        return _factor_style(*factor, plan)
+    style = plan.get(_generic(plain_name(name)))
+    if {f"{name}.base_layer", f"{name}.original_module"} & names:
+        return style if style == _LATENT else None
+    return None if style == _LATENT and name.endswith(".base_layer") else style
+
+
+def _factor_style(layer: str, factor: str, plan: dict[str, str]) -> str | None:
+    style = plan.get(_generic(plain_name(layer)))
+    if style is None or style in _WHOLE:
+        return None
+    if style not in _SPLIT_FACTOR:
+        raise ModelError(
+            f"model.lora: {layer} is split over policy.parallel.tp as {style!r}, which adapters cannot "
+            "follow; take it out with model.lora.exclude_modules"
+        )
+    return style if _SPLIT_FACTOR[style] == factor else None
+
+
+def _generic(name: str) -> str:
+    """As plans name it: numbers of layers are `*`."""
+    from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
+
+    return replace_layer_number_by_wildcard(name)
