@@ -157,27 +157,30 @@ def build(spec: Model, parallel: ParallelSpec, seed: int = 0) -> HfModel:
     `seed` is for the first values of adapters. The class is as `classes.find_class` says. Rows are packed
     where that is right, and padded where not; the log says which and why. Raises ModelError.
     """
-    module, _ = build_on_meta(model_folder(spec.path, spec.revision), spec)
+    folder = model_folder(spec.path, spec.revision)
+    module, origin = build_on_meta(folder, spec)
+    name = type(module).__name__
     reason = reason_to_pad(module.config, spec.attn_implementation)
     if not reason:
-        model = _build(spec, parallel, seed, pad=False)
+        model = _build(spec, parallel, seed, module, origin, pad=False)
         try:
             check_rows(model.module, model.rows, parallel, sharded=model.sharded)
             return model
         except (Leak, NotPacked) as error:
             reason = str(error)
         del model  # there is not always room for two
-    LOG.warning("rows of %s are padded, not packed: %s", type(module).__name__, reason)
-    model = _build(spec, parallel, seed, pad=True)
+    del module
+    LOG.warning("rows of %s are padded, not packed: %s", name, reason)
+    model = _build(spec, parallel, seed, *build_on_meta(folder, spec, plain=True), pad=True)
     check_rows(model.module, model.rows, parallel, sharded=model.sharded)
     return model
 
 
-def _build(spec: Model, parallel: ParallelSpec, seed: int, *, pad: bool) -> HfModel:
-    """With `pad`, the attention is Transformers' own (or the recipe's), which reads the padding's mask."""
+def _build(spec: Model, parallel: ParallelSpec, seed: int, module: Any, origin: str, *, pad: bool) -> HfModel:
+    """Of what `build_on_meta` made. With `pad`, that has Transformers' own attention (or the recipe's), which
+    reads the padding's mask."""
     folder = model_folder(spec.path, spec.revision)
     files = weight_files(folder)
-    module, origin = build_on_meta(folder, spec, plain=pad)
     transforms = transforms_of(module)  # by class name, which sharding changes
     choose_trained(module, spec.train, spec.freeze)
     kind = HfModel
