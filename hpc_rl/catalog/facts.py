@@ -39,6 +39,7 @@ class ModelFacts:
     parameters: int | None
     parameters_from: str = "unknown"  # safetensors | config | unknown
     shapes: dict[str, list[int]] | None = None  # of every tensor, by its name in the files
+    dtypes: frozenset[str] = frozenset()  # of the matrices in the files, as safetensors names them
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -55,7 +56,8 @@ def read_facts(folder: Path) -> ModelFacts:
     kv_heads = number(*_KV_HEADS)
     if kv_heads is None and text.get("multi_query") is True:
         kv_heads = 1
-    shapes = tensor_shapes(folder)
+    tensors = _tensors(folder)
+    shapes = None if tensors is None else {name: list(entry["shape"]) for name, entry in tensors.items()}
     counted = None if shapes is None else sum(map(math.prod, shapes.values()))
     origin = "safetensors"
     layers, vocab = number(*_LAYERS), number("vocab_size")
@@ -76,6 +78,7 @@ def read_facts(folder: Path) -> ModelFacts:
         parameters=counted,
         parameters_from=origin if counted is not None else "unknown",
         shapes=shapes,
+        dtypes=frozenset(entry["dtype"] for entry in (tensors or {}).values() if len(entry["shape"]) > 1),
     )
 
 
@@ -128,6 +131,12 @@ def count_parameters(folder: Path) -> int | None:
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]] | None:
     """The shape of every tensor by the headers of `*.safetensors`; None when there are no such files."""
+    tensors = _tensors(folder)
+    return None if tensors is None else {name: list(entry["shape"]) for name, entry in tensors.items()}
+
+
+def _tensors(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What the headers of `*.safetensors` say of every tensor; None when there are no such files."""
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -138,7 +147,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]] | None:
     if not files:
         return None
     return {
-        name: list(tensor["shape"])
+        name: tensor
         for file in files
         for name, tensor in safetensors_header(file).items()
         if name != "__metadata__"

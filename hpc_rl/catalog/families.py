@@ -11,7 +11,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Family:
     """`model_types` are the `model_type` values of config.json; `vllm` says whether vLLM serves it, `tp`
-    whether Transformers has a plan to split its layers, `vision` whether it sees images."""
+    whether Transformers has a plan to split its layers, `vision` whether it sees images, `vllm_lora` whether
+    vLLM's adapters are proven to give the merged model's numbers."""
 
     name: str
     model_types: tuple[str, ...]
@@ -19,18 +20,19 @@ class Family:
     moe: bool = False
     tp: bool = True
     vision: bool = False
+    vllm_lora: bool = False
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("Llama", ("llama",)),
-    Family("Qwen2", ("qwen2",)),
-    Family("Qwen3", ("qwen3",)),
+    Family("Llama", ("llama",), vllm_lora=True),
+    Family("Qwen2", ("qwen2",), vllm_lora=True),
+    Family("Qwen3", ("qwen3",), vllm_lora=True),
     Family("Qwen3-MoE", ("qwen3_moe",), moe=True),
     Family("Qwen2-MoE", ("qwen2_moe",), moe=True),
-    Family("Mistral", ("mistral",)),
+    Family("Mistral", ("mistral",), vllm_lora=True),
     Family("Mixtral", ("mixtral",), moe=True),
-    Family("Gemma", ("gemma", "gemma2", "gemma3_text")),
-    Family("Phi-3", ("phi3",)),
+    Family("Gemma", ("gemma", "gemma2", "gemma3_text"), vllm_lora=True),
+    Family("Phi-3", ("phi3",), vllm_lora=True),
     Family("GPT-OSS", ("gpt_oss",), moe=True, tp=False),
     Family("GPT-2", ("gpt2",), tp=False),
     Family("GPT-NeoX", ("gpt_neox",)),

@@ -42,5 +42,6 @@ def plan_summary(plan: Plan) -> str:
             f"policy memory per rank: {memory.total_gb:.1f} GiB{room} ({parts}), before activations; "
             f"{memory.parameters / 1e6:,.0f} M parameters{some}"
         )
+    lines += plan.notes
     lines += [f"warning: {warning}" for warning in plan.warnings]
     return "\n".join(lines)

@@ -174,8 +174,10 @@ class RlController(Controller):
         self._check_generation()
 
     def _accept_first_weights(self) -> None:
-        """At step 0 a freshly loaded engine has the recipe's weights: that is version 0."""
-        if self.step > 0 or self.commanded > 0:
+        """At step 0 a freshly loaded engine has the recipe's weights: that is version 0. Not so where the
+        policy begins with a saved adapter: then version 0 is pushed."""
+        lora = self.recipe.model.lora
+        if self.step > 0 or self.commanded > 0 or (lora is not None and lora.adapter is not None):
             return
         for replica in self.members.replicas.values():
             if replica.state == "loaded":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from hpc_rl.catalog.facts import ModelFacts, ModelFilesError, read_facts
 from hpc_rl.catalog.families import policy_tp_error, rollout_tp_error
 from hpc_rl.catalog.local_models import find_model
 from hpc_rl.catalog.trainers import MESH_DIMENSIONS, unsupported_dimensions
+from hpc_rl.plan.adapters import lora_sync, obstacle
 from hpc_rl.plan.advice import advice
 from hpc_rl.plan.groups import Placement, Sizer
 from hpc_rl.plan.memory import estimate, memory_warnings
@@ -55,6 +57,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
             gpu_gb = site.gpus.memory_gb if any(group.gpus_per_task for group in groups) else None
             memory = estimate(recipe, facts.parameters, mesh, gpu_gb, facts.shapes)
             warnings += memory_warnings(recipe, memory)
+    lora, note = _lora_sync(loaded, facts, problems)
     if problems:
         raise RecipeError(problems)
     group_size = recipe.algorithm.get("group_size", 1)
@@ -69,9 +72,27 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
         prompts_per_step=recipe.policy.batch_size // group_size if recipe.kind == "rl" else 0,
         total_steps=recipe.policy.steps,
         memory=memory,
+        lora_sync=lora,
+        notes=[note] if note else [],
         warnings=warnings,
         site_profile=site.model_dump(mode="json"),
     )
+
+
+def _lora_sync(
+    loaded: LoadedRecipe, facts: ModelFacts | None, problems: list[Problem]
+) -> tuple[Literal["merged", "adapter"] | None, str]:
+    """`(what a run with adapters sends, that in words)`; None for a run without adapters or rollouts."""
+    rollout = loaded.recipe.rollout
+    if rollout is None or loaded.recipe.model.lora is None:
+        return None, ""
+    wanted = rollout.weights.lora
+    if wanted == "adapter" and (reason := obstacle(loaded.recipe, facts)):
+        text = f"is 'adapter', but {reason}; use merged"
+        problems.append(loaded.problem(text, "rollout", "weights", "lora"))
+    mode, reason = lora_sync(loaded.recipe, facts) if wanted == "auto" else (wanted, "")
+    what = "the adapter alone" if mode == "adapter" else "whole merged weights"
+    return mode, f"pushes to the rollouts hold {what}" + (f": {reason}" if reason else "")
 
 
 def resolve_recipe(loaded: LoadedRecipe, site: Site, plan: Plan) -> Recipe:
@@ -88,6 +109,8 @@ def resolve_recipe(loaded: LoadedRecipe, site: Site, plan: Plan) -> Recipe:
     if recipe.rollout is not None and recipe.rollout.weights.transport == "auto":
         on_gpu = plan.group("policy").gpus_per_task > 0 and plan.group("rollout").gpus_per_task > 0
         recipe.rollout.weights.transport = "nccl" if on_gpu else "gloo"
+    if recipe.rollout is not None and plan.lora_sync is not None:
+        recipe.rollout.weights.lora = plan.lora_sync
     return recipe
 
 

@@ -85,6 +85,8 @@ class Plan(_Data):
     prompts_per_step: int = 0
     total_steps: int | None = None  # None: known only after the data is counted (epochs)
     memory: MemoryEstimate | None = None
+    lora_sync: Literal["merged", "adapter"] | None = None  # None: no adapters, or no rollouts
+    notes: list[str] = []
     warnings: list[str] = []
     site_profile: dict[str, Any] = {}
 

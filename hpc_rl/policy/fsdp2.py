@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from hpc_rl.checkpoint.saver import Saver, SaveResult
 from hpc_rl.data.rows import load_rows
 from hpc_rl.models.base import ParallelSpec
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
+from hpc_rl.models.hf.rows import packed
 from hpc_rl.policy import process_group
 from hpc_rl.policy.ema import WeightAverage
 from hpc_rl.policy.exports import EXPORT_LIMIT_S, Exports
@@ -30,6 +32,7 @@ from hpc_rl.policy.step import Ranks, Reduced, SampleId, StepRunner, Totals
 from hpc_rl.policy.throughput import StepTimer, throughput_of
 from hpc_rl.policy.trainer import BadStepError, NonFiniteError, SpikeError, TrainerContext
 from hpc_rl.recipe.extensions import registry
+from hpc_rl.weights.protocol import WeightSource
 
 
 class Fsdp2Trainer:
@@ -81,6 +84,8 @@ class Fsdp2Trainer:
             cpu_offload=recipe.policy.cpu_offload,
         )
         self.model = build(recipe.model, parallel, recipe.seed)
+        if recipe.rollout is not None:
+            self.source()  # what cannot be pushed as the recipe says is refused before the first step
         self.optimizer = make_optimizer(self.model.module, recipe.policy.optimizer)
         self.algorithm = self._make_algorithm()
         ranks = Ranks(self.rank, self.world_size, self.data_parallel, self.tp, self.device)
@@ -120,8 +125,14 @@ class Fsdp2Trainer:
     def _count_steps(self) -> None:
         policy, spec = self.recipe.policy, self.recipe.data.train
         if self.recipe.kind == "sft":
-            needs_blank = self.model.needs_media
-            self.sft = open_sft_data(self.recipe, self.context.run_dir, self.runner.ranks, needs_blank)
+            self.sft = open_sft_data(
+                self.recipe,
+                self.context.run_dir,
+                self.runner.ranks,
+                needs_picture=self.model.needs_media,
+                packed=self.model.rows is packed,
+                store=process_group.data_store(self.context),
+            )
         elif policy.steps is not None:
             self.total_steps = policy.steps
         else:
@@ -212,8 +223,19 @@ class Fsdp2Trainer:
             yield
 
     # --- weights, checkpoints, exports ---------------------------------------------------------------
-    def source(self) -> HfModel:
-        return self.model
+    def source(self) -> WeightSource:
+        return self._source
+
+    @functools.cached_property
+    def _source(self) -> WeightSource:
+        rollout = self.recipe.rollout
+        if self.recipe.model.lora is None or rollout is None or rollout.weights.lora != "adapter":
+            return self.model
+        from hpc_rl.models.hf.adapted import AdaptedModel
+        from hpc_rl.policy.adapter_source import AdapterSource
+
+        assert isinstance(self.model, AdaptedModel)
+        return AdapterSource(self.model)
 
     def stage_checkpoint(self, step: int, folder: Path, sync: bool) -> float:
         if step != self.step:

@@ -116,6 +116,14 @@ class PolicyLoop:
             result: PushResult = self._get_sender().push(
                 message.version, source, message.replicas, message.incarnations
             )
+        self.role.log.info(
+            "version %d: pushed %d tensors, %.3f MB, to %d replicas in %.2f s",
+            message.version,
+            result.tensors,
+            result.nbytes / 1e6,
+            len(message.replicas) - len(result.failed),
+            result.seconds,
+        )
         failed = {str(replica): reason for replica, reason in result.failed.items()}
         self.role.send(m.WeightsPushed(message.version, result.seconds, result.nbytes, failed))
 

@@ -284,6 +284,8 @@ def _rollout(recipe: Recipe) -> Found:
             f"is {rollout.max_model_len}; must hold prompt and answer, so be larger than "
             f"rollout.max_tokens {rollout.max_tokens}",
         )
+    if rollout.weights.lora == "adapter" and recipe.model.lora is None:
+        yield ("rollout", "weights", "lora"), "is 'adapter'; there is none without model.lora"
     hottest, temperature = MAX_TEMPERATURE.get(rollout.engine), recipe.algorithm.get("temperature")
     if hottest is not None and isinstance(temperature, int | float) and temperature > hottest:
         yield (

@@ -219,7 +219,11 @@ class RolloutParallel(Section):
 
 
 class WeightSync(Section):
+    """`lora` is what a run with `model.lora` sends: whole merged weights, or the adapter alone, which the
+    engines keep beside the weights they loaded (auto: the adapter where that is proven to be the same)."""
+
     transport: str = "auto"  # auto | nccl | gloo | a plugin's
+    lora: Literal["auto", "merged", "adapter"] = "auto"
     bucket_mb: Positive = 256
     timeout_s: float = Field(default=300.0, gt=0)
 

@@ -37,7 +37,11 @@ class TransferSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Everything an engine is made from. `options` is the engine's own pydantic config."""
+    """Everything an engine is made from. `options` is the engine's own pydantic config.
+
+    With `adapter_rank` (the largest of the adapter's layers) pushes hold a LoRA adapter alone, which belongs
+    to the weights of `model`; without it, whole weights.
+    """
 
     model: str
     options: Any
@@ -52,6 +56,7 @@ class EngineSettings:
     stop: tuple[str, ...] = ()
     seed: int = 0
     transfer: TransferSettings | None = None
+    adapter_rank: int | None = None
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpc_rl.plan.adapters import adapter_settings
 from hpc_rl.plan.schema import Plan
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.recipe.schema import Recipe
@@ -19,8 +20,9 @@ def engine_settings(
     recipe: Recipe, plan: Plan, *, bus_file: Path, attempt: int, replica: int, incarnation: int
 ) -> EngineSettings:
     """Raises RecipeError for bad engine options."""
-    rollout = recipe.rollout
+    rollout, lora = recipe.rollout, recipe.model.lora
     assert rollout is not None, "the plan has a rollout group only if the recipe has a rollout section"
+    adapter = lora is not None and rollout.weights.lora == "adapter"
     return EngineSettings(
         model=recipe.model.path,
         options=registry("engines").config(rollout.engine, dict(rollout.engine_options)),
@@ -41,6 +43,7 @@ def engine_settings(
             incarnation=incarnation,
             transport=transport_name(recipe, plan),
         ),
+        adapter_rank=adapter_settings(lora)["rank"] if adapter and lora is not None else None,
     )
 
 

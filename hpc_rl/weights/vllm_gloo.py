@@ -113,6 +113,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, PushUpdateInfo
     _channel: GlooChannel | None = None
     _init: GlooInitInfo | None = None
 
+    @property
+    def channel(self) -> GlooChannel | None:
+        """The transfer group; None before the first push."""
+        return self._channel
+
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join a transfer group; a previous one is left."""
         self.shutdown()

@@ -34,6 +34,11 @@ class CheckedNcclWeightTransferEngine(NCCLWeightTransferEngine):
 
     _channel: NcclChannel | None = None
 
+    @property
+    def channel(self) -> NcclChannel | None:
+        """The transfer group; None before the first push."""
+        return self._channel
+
     def init_transfer_engine(self, init_info: CheckedNcclInitInfo) -> None:
         self.shutdown()
         super().init_transfer_engine(init_info)

@@ -21,6 +21,7 @@ import torch
 from hpc_rl.rollout.engine import EngineError, EngineSettings, Sample, WeightReport, prompt_room
 from hpc_rl.rollout.engines.config import HfOptions
 from hpc_rl.types import Sampling, VersionSpan
+from hpc_rl.weights.adapter import Factors, read_adapter
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
 from hpc_rl.weights.protocol import Channel, Receiver, WeightTransferError
 from hpc_rl.weights.sender import group_prefix
@@ -77,6 +78,8 @@ class HfEngine:
         self._aborted: set[str] = set()
         self._waiting: set[str] = set()
         self._broken = ""
+        self._base = ""  # fingerprint of the model's files, and the weights of adapted layers as loaded
+        self._loaded: dict[str, torch.Tensor] = {}
 
     # --- life --------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -86,7 +89,7 @@ class HfEngine:
         from transformers import AutoTokenizer
 
         from hpc_rl.models.hf.classes import find_class
-        from hpc_rl.models.hf.folder import model_folder
+        from hpc_rl.models.hf.folder import fingerprint, model_folder
         from hpc_rl.recipe.schema import Model
 
         options: HfOptions = self.settings.options
@@ -95,6 +98,8 @@ class HfEngine:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         common = {"revision": self.settings.revision, "trust_remote_code": self.settings.trust_remote_code}
         folder = model_folder(self.settings.model, self.settings.revision)
+        if self.settings.adapter_rank is not None:
+            self._base = fingerprint(folder).hex()
         # The class that is trained, or the names of its weights would not fit.
         cls, config, _ = find_class(folder, Model(path=str(folder), **common))
         self._model = cls.from_pretrained(
@@ -241,15 +246,17 @@ class HfEngine:
         if self._channel is None:
             self._channel = self._join(version, timeout_s)
             seconds["join"] = time.monotonic() - began
-        folder = local_folder(self.settings.model, self.settings.revision)
-        receiver = Receiver(self._channel, checkpoint_names(folder), tied_names(folder))
+        receiver = self._receiver(self._channel)
         tensors: dict[str, torch.Tensor] = {}
         try:
             for bucket in receiver.receive(version, deadline):
                 tensors.update(bucket)
             seconds["receive"] = time.monotonic() - began
             began = time.monotonic()
-            self._apply(tensors, version)
+            if self.settings.adapter_rank is not None:
+                self._apply_adapter(read_adapter(tensors, self._base), version)
+            else:
+                self._apply(tensors, version)
             receiver.finish(True, deadline)
         except BaseException:
             self._channel.close()
@@ -259,6 +266,12 @@ class HfEngine:
         self.version = version
         self._broken = ""
         return WeightReport(version, receiver.tensors, receiver.nbytes, seconds)
+
+    def _receiver(self, channel: Channel) -> Receiver:
+        if self.settings.adapter_rank is not None:  # it says itself what it must hold
+            return Receiver(channel)
+        folder = local_folder(self.settings.model, self.settings.revision)
+        return Receiver(channel, checkpoint_names(folder), tied_names(folder))
 
     def _join(self, version: int, timeout_s: float) -> Channel:
         transfer = self.settings.transfer
@@ -283,6 +296,28 @@ class HfEngine:
         self._broken = f"the update to version {version} did not finish"
         for name, tensor in tensors.items():
             target[name].copy_(tensor)
+
+    @torch.inference_mode()
+    def _apply_adapter(self, layers: dict[str, Factors], version: int) -> None:
+        """W + scale * B A over the weights as loaded, by the policy's own formula: the numbers of a merged
+        push. Costs one copy of the adapted layers."""
+        from hpc_rl.models.hf.lora import merge
+
+        target = self._model.state_dict()
+        for layer, factors in layers.items():
+            shape = (factors.b.shape[0], factors.a.shape[1])
+            weight = target.get(f"{layer}.weight")
+            if weight is None or weight.shape != shape:
+                raise WeightTransferError(f"the model has no layer {layer} of shape {list(shape)}")
+            if layer not in self._loaded:
+                self._loaded[layer] = weight.clone()
+        self._broken = f"the update to version {version} did not finish"
+        for layer, loaded in self._loaded.items():
+            value = loaded
+            if layer in layers:
+                factors = layers[layer]
+                value = merge(loaded, factors.a.to(loaded.device), factors.b.to(loaded.device), factors.scale)
+            target[f"{layer}.weight"].copy_(value)
 
     def _converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         model = type(self._model).from_pretrained(

@@ -3,6 +3,7 @@
 Requests under way are frozen at a token boundary (`pause(mode="keep")`), their KV cache is dropped and
 recomputed with the new weights after the update, and vLLM itself records which tokens each weight
 version made. An update that fails leaves a mixture in the workers, so the engine then refuses to resume.
+With `adapter_rank` all requests name one adapter, which an update replaces; the weights stay as loaded.
 """
 
 from __future__ import annotations
@@ -90,7 +91,20 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.transfer is not None:
         backend = load_transport(settings.transfer.transport).vllm_backend
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=backend)
+    if settings.adapter_rank is not None:
+        from hpc_rl.weights.vllm_adapter import EXTENSION, max_lora_rank
+
+        rank = max_lora_rank(settings.adapter_rank)
+        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+        arguments["worker_extension_cls"] = EXTENSION
     return {**arguments, **options.extra}
+
+
+def base_fingerprint(settings: EngineSettings) -> str:
+    """Of the files that the engine loads; what a push of an adapter names must be the same."""
+    from hpc_rl.models.hf.folder import fingerprint, model_folder
+
+    return fingerprint(model_folder(settings.model, settings.revision)).hex()
 
 
 def sampling_params(sampling: Sampling, count: int, stop: Sequence[str], max_tokens: int) -> SamplingParams:
@@ -125,6 +139,8 @@ class VllmEngine:
         self._prefix = ""
         self._broken = ""
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
+        self._base = ""  # fingerprint of the model's files, where an adapter belongs to them
+        self._request: dict[str, Any] = {}  # what each request says besides prompt and sampling
 
     async def start(self) -> None:
         set_environment(self.settings.options)
@@ -135,11 +151,18 @@ class VllmEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if self.settings.adapter_rank is not None:
+            self._base = await asyncio.to_thread(base_fingerprint, self.settings)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self.settings)))
         config = self._llm.vllm_config.model_config
         self.vocab_size = config.get_vocab_size()
         self.max_model_len = config.max_model_len
         await self._llm.update_weight_version("0")
+        if self.settings.adapter_rank is not None:
+            from hpc_rl.weights.vllm_adapter import REQUEST
+
+            await self._llm.collective_rpc("add_blank_adapter")
+            self._request["lora_request"] = REQUEST
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
@@ -167,7 +190,8 @@ class VllmEngine:
 
         output: Any = None
         try:
-            async for answer in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+            prompt = {"prompt_token_ids": prompt_ids}
+            async for answer in self._llm.generate(prompt, params, request_id, **self._request):
                 output = answer
         except VLLMClientError as error:  # vLLM's own validation of the prompt
             raise PromptError(str(error)) from error
@@ -188,8 +212,7 @@ class VllmEngine:
         self._broken = f"the update to version {version} did not finish"
         try:
             async with asyncio.timeout(timeout_s + GRACE_S):
-                await self._update(version, timeout_s, seconds)
-                report = await asyncio.to_thread(self._read_report, version)
+                report = await self._update(version, timeout_s, seconds)
         except TimeoutError as error:
             raise WeightTransferError(f"version {version} was not received in {timeout_s:.0f} s") from error
         except Exception as error:
@@ -199,11 +222,9 @@ class VllmEngine:
         self._broken = ""
         return WeightReport(version, report["tensors"], report["nbytes"], seconds)
 
-    async def _update(self, version: int, timeout_s: float, seconds: dict[str, float]) -> None:
-        from vllm.distributed.weight_transfer.base import (
-            WeightTransferInitRequest,
-            WeightTransferUpdateRequest,
-        )
+    async def _update(self, version: int, timeout_s: float, seconds: dict[str, float]) -> dict[str, Any]:
+        """Fills `seconds` by phase; what the first worker said of the push."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         deadline = time.monotonic() + timeout_s
         if not self._joined:
@@ -213,14 +234,30 @@ class VllmEngine:
             self._joined = True
             seconds["join"] = time.monotonic() - began
         began = time.monotonic()
-        await self._llm.start_weight_update()
-        update = {"version": version, "timeout_s": deadline - time.monotonic()}
-        await self._llm.update_weights(WeightTransferUpdateRequest(update))
+        update = {"version": version, "timeout_s": deadline - began}
+        adapter = self.settings.adapter_rank is not None
+        report = await (self._take_adapter(update) if adapter else self._take_weights(update))
         seconds["receive"] = time.monotonic() - began
         began = time.monotonic()
-        await self._llm.finish_weight_update(str(version))
+        if adapter:
+            await self._llm.update_weight_version(str(version))
+        else:
+            await self._llm.finish_weight_update(str(version))
         await self._llm.reset_prefix_cache()
         seconds["finish"] = time.monotonic() - began
+        return report
+
+    async def _take_weights(self, update: dict[str, Any]) -> dict[str, Any]:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update))
+        return await asyncio.to_thread(self._read_report, update["version"])
+
+    async def _take_adapter(self, update: dict[str, Any]) -> dict[str, Any]:
+        reports = await self._llm.collective_rpc("receive_adapter", kwargs={**update, "base": self._base})
+        report: dict[str, Any] = reports[0]
+        return report
 
     def _init_info(self, version: int, timeout_s: float) -> dict[str, Any]:
         transfer = self.settings.transfer
