@@ -20,8 +20,8 @@ _ROLES = ("controller", "policy", "rollout")
 def advice(loaded: LoadedRecipe, placement: Placement, *, here: bool = False) -> list[str]:
     """One line each. `here`: inside an allocation, which has a time of its own."""
     if placement == "local":
-        return [*_warmup(loaded), *_ignored(loaded)]
-    return [*_warmup(loaded), *([] if here else _time(loaded))]
+        return [*_warmup(loaded), *_experts(loaded), *_ignored(loaded)]
+    return [*_warmup(loaded), *_experts(loaded), *([] if here else _time(loaded))]
 
 
 def _time(loaded: LoadedRecipe) -> Iterator[str]:
@@ -44,6 +44,19 @@ def _warmup(loaded: LoadedRecipe) -> Iterator[str]:
         yield (
             f"{where}: policy.optimizer.warmup_steps {warmup} is not less than policy.steps {steps}: "
             "the learning rate never reaches policy.optimizer.lr"
+        )
+
+
+def _experts(loaded: LoadedRecipe) -> Iterator[str]:
+    """PEFT adds B A to the whole tensor in the forward, and the sum is kept for the backward."""
+    recipe = loaded.recipe
+    if recipe.model.lora is None or not recipe.model.lora.target_parameters:
+        return
+    if recipe.policy.trainer == "fsdp2" and not recipe.policy.activation_checkpointing:
+        where = loaded.where("model", "lora", "target_parameters")
+        yield (
+            f"{where}: with model.lora.target_parameters each GPU keeps the whole merged experts of all "
+            "layers from the forward to the backward; set policy.activation_checkpointing to true"
         )
 
 

@@ -11,6 +11,9 @@ from hpc_rl.recipe.schema import Lora, Model, Recipe
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WIDTH = 4096  # of a typical layer: what an adapter adds to a model whose shapes are not known
+# Files have each expert's matrices; in memory those of a layer are one tensor, which is no linear layer.
+_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)$")
+_FUSED = {"gate_proj": "gate_up_proj", "w1": "gate_up_proj", "up_proj": "gate_up_proj", "w3": "gate_up_proj"}
 _NOT_LINEAR = re.compile(r"(^|\.)(embed|lm_head|norm|ln_|wte|wpe|patch_embed|.*embedding)")
 
 Shapes = dict[str, list[int]]
@@ -68,7 +71,8 @@ def _matches(patterns: list[str], name: str) -> bool:
 
 
 def _adapter(lora: Lora, parameters: int, shapes: Shapes | None) -> int:
-    """Elements of the adapter: r x (in + out) of each layer that has one, and the modules saved whole."""
+    """Elements of the adapter: r x (in + out) of each layer and expert that has one, and the modules saved
+    whole."""
     if shapes is None:
         return int(parameters * 2 * lora.r / _WIDTH)
     total = 0
@@ -76,9 +80,22 @@ def _adapter(lora: Lora, parameters: int, shapes: Shapes | None) -> int:
         module = name.removesuffix(".weight")
         if any(_names(saved, module) for saved in lora.modules_to_save):
             total += math.prod(shape)
+        elif expert := _EXPERT.search(module):
+            total += _of_expert(lora, module, expert.group(1), shape)
+        elif any(_names(target, name) for target in lora.target_parameters):
+            total += _rank(lora, name) * math.prod(shape[:-2]) * sum(shape[-2:])
         elif name.endswith(".weight") and len(shape) == 2 and _has_adapter(lora, module):
             total += _rank(lora, module) * sum(shape)
     return total
+
+
+def _of_expert(lora: Lora, module: str, own: str, shape: list[int]) -> int:
+    """Of one expert's matrix [out, in], as a part of the tensor that all are in; two of them share one A."""
+    fused = _FUSED.get(own, "down_proj")
+    parameter = f"{module[: module.rindex('experts.')]}experts.{fused}"
+    if not any(_names(target, parameter) for target in lora.target_parameters):
+        return 0
+    return _rank(lora, parameter) * (shape[0] if own in ("up_proj", "w3") else sum(shape))
 
 
 def _has_adapter(lora: Lora, module: str) -> bool:

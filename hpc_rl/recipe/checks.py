@@ -183,6 +183,14 @@ def _model(recipe: Recipe) -> Found:
     elif recipe.policy.parallel.tp > 1 and lora.dropout > 0 and recipe.policy.trainer == "fsdp2":
         text = f"is {lora.dropout:g}; with policy.parallel.tp each rank would draw another mask: set it to 0"
         yield ("model", "lora", "dropout"), text
+    elif lora.target_parameters and lora.dropout > 0:
+        text = f"is {lora.dropout:g}; PEFT has no dropout for target_parameters: set it to 0"
+        yield ("model", "lora", "dropout"), text
+    if lora.target_parameters and recipe.policy.parallel.tp > 1 and recipe.policy.trainer == "fsdp2":
+        text = (
+            f"is {recipe.policy.parallel.tp}; adapters of model.lora.target_parameters are not split, keep 1"
+        )
+        yield ("policy", "parallel", "tp"), text
 
 
 def _data(recipe: Recipe) -> Found:

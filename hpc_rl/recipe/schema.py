@@ -50,7 +50,9 @@ class Section(BaseModel):
 class Lora(Section):
     """Low-rank adapters through PEFT; the other weights are frozen (`modules_to_save` excepted).
 
-    `target_modules` are names or patterns as PEFT takes them. `adapter` is a saved adapter to go on from:
+    `target_modules` are names of layers, whole or the end of one. `target_parameters` are tensors that are no
+    linear layer's, such as `experts.gate_up_proj` and `experts.down_proj` of mixtures of experts, each expert
+    with an adapter of rank `r`. `adapter` is a saved adapter to go on from:
     rank, scale and targets are its own then, `dropout` is the recipe's.
     """
 
@@ -59,6 +61,7 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     exclude_modules: list[str] = []
+    target_parameters: list[str] = []
     modules_to_save: list[str] = []
     use_rslora: bool = False
     r_pattern: dict[str, Positive] = {}

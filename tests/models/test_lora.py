@@ -27,6 +27,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 ONE = ParallelSpec(CPU, torch.float32)
 IDS = torch.arange(5, 45)
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 POSITIONS = torch.cat([torch.arange(15), torch.arange(25)])
 
 
@@ -55,7 +56,9 @@ def stir(model: AdaptedModel) -> None:
         ("phi3", {"use_rslora": True}),
         ("qwen3_moe", {"r_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0}}),
         ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]}),
-        ("gpt_oss", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+        ("gpt_oss", {"target_parameters": EXPERTS, "use_rslora": True}),
+        ("mixtral", {"target_parameters": EXPERTS, "target_modules": []}),
+        ("qwen3_moe", {"target_parameters": [*EXPERTS, "mlp.gate.weight"], "r_pattern": {".*down_proj": 2}}),
     ],
 )
 def test_adapted_merged_and_saved_are_one_model(family: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -79,6 +82,9 @@ def test_adapted_merged_and_saved_are_one_model(family: str, options: dict[str, 
         with torch.no_grad():
             theirs = other(IDS[None, :15]).logits[0]
         assert (ours - theirs).abs().max() <= 1e-5
+    by_peft = loaded.merge_and_unload().state_dict()
+    for name, value in merged.state_dict().items():
+        assert (value - by_peft[name]).abs().max() <= 1e-6, name
 
     # An adapter that PEFT reads is one to go on from.
     again = adapted(folder, **options, adapter=str(out / "adapter"))
@@ -131,39 +137,59 @@ def train(model: AdaptedModel, steps: int) -> list[float]:
     return losses
 
 
-def check_sharded(rank: int, world_size: int, folder: str) -> None:
-    options = {"modules_to_save": ["lm_head"]}
-    whole, ours = (
-        adapted(folder, **options),
-        adapted(folder, ParallelSpec(CPU, torch.float32, dp_shard=2), **options),
-    )
-    for (name, a), (_, b) in zip(
-        ours.module.named_parameters(), whole.module.named_parameters(), strict=True
-    ):
-        assert torch.equal(a.full_tensor(), b), f"{name} begins elsewhere"
-    expected, found = train(whole, 4), train(ours, 4)
-    assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-5
-    pairs = [dict(p for bucket in m.buckets(1 << 30) for p in bucket) for m in (whole, ours)]
-    for name, value in pairs[0].items():
-        assert (value - pairs[1][name]).abs().max() <= 1e-5, name
-    ours_adapter = ours.adapter()
-    for name, value in whole.adapter().items():
-        assert (value - ours_adapter[name]).abs().max() <= 1e-5, name
+SHARDED: dict[str, dict[str, Any]] = {
+    "llama": {"modules_to_save": ["lm_head"]},
+    "mixtral": {"target_parameters": EXPERTS},
+    "gpt_oss": {"target_parameters": EXPERTS, "target_modules": []},
+}
+
+
+def check_sharded(rank: int, world_size: int, folders: dict[str, str]) -> None:
+    for family, folder in folders.items():
+        sharded = ParallelSpec(CPU, torch.float32, dp_shard=2, activation_checkpointing=family == "mixtral")
+        whole, ours = adapted(folder, **SHARDED[family]), adapted(folder, sharded, **SHARDED[family])
+        for (name, a), (_, b) in zip(
+            ours.module.named_parameters(), whole.module.named_parameters(), strict=True
+        ):
+            assert torch.equal(a.full_tensor(), b), f"{family}: {name} begins elsewhere"
+        expected, found = train(whole, 4), train(ours, 4)
+        assert max(abs(a - b) for a, b in zip(expected, found, strict=True)) <= 1e-5, (expected, found)
+        pairs = [dict(p for bucket in m.buckets(1 << 30) for p in bucket) for m in (whole, ours)]
+        for name, value in pairs[0].items():
+            assert (value - pairs[1][name]).abs().max() <= 1e-5, f"{family}: {name}"
+        ours_adapter = ours.adapter()
+        for name, value in whole.adapter().items():
+            assert (value - ours_adapter[name]).abs().max() <= 1e-5, f"{family}: {name}"
+    with pytest.raises(ModelError, match="experts in one tensor are not split by tensor"):
+        adapted(folders["mixtral"], ParallelSpec(CPU, torch.float32, tp=2), **SHARDED["mixtral"])
 
 
 def test_sharded_equals_whole(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", "llama")
-    run_ranks(check_sharded, 2, tmp_path, str(folder))
+    folders = {family: str(save_model(tmp_path / family, family)) for family in SHARDED}
+    run_ranks(check_sharded, 2, tmp_path, folders)
 
 
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("qwen2", {"target_modules": ["nope"]}, r"model\.lora: Target modules .*nope"),
+        (
+            "qwen2",
+            {"target_modules": ["nope"]},
+            r"model\.lora\.target_modules: 'nope' names nothing; near it: .*o_proj",
+        ),
         ("qwen2", {"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding; only linear layers"),
         ("qwen2", {"modules_to_save": ["lm_head"]}, "tied to another weight"),
         ("qwen2", {"adapter": "nowhere"}, r"model\.lora\.adapter: nowhere has no adapter_config\.json"),
-        ("mixtral", {"target_modules": ["w1", "w2", "w3"]}, "name the layers of the attention"),
+        ("qwen2", {"target_modules": ["q_proj", "qproj"]}, r"'qproj' names nothing; near it: .*q_proj"),
+        ("qwen2", {"r_pattern": {"nope": 2}}, r"model\.lora\.r_pattern: 'nope' names nothing"),
+        ("mixtral", {"target_modules": ["w1", "w2", "w3"]}, "experts in one tensor: target_parameters"),
+        ("qwen3_moe", {"target_modules": ["experts"]}, r"Qwen3MoeExperts\(.* is not supported"),
+        (
+            "qwen3_moe",
+            {"target_parameters": ["experts.up"]},
+            "'experts.up' names nothing; near it: .*up_proj",
+        ),
+        ("mixtral", {"target_parameters": EXPERTS, "dropout": 0.1}, "does not work with lora_dropout"),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -101,6 +101,14 @@ def test_a_warmup_that_never_ends_is_a_warning(plan: Make) -> None:
     assert plan("policy.steps=11", "policy.optimizer.warmup_steps=10").warnings == []
 
 
+def test_adapters_of_experts_without_checkpointing_are_a_warning(plan: Make) -> None:
+    lora = "model.lora={target_parameters: [experts.down_proj]}"
+    (warning,) = [text for text in plan(lora, trainer="fsdp2").warnings if "merged experts" in text]
+    assert "set policy.activation_checkpointing to true" in warning
+    kept = plan(lora, "policy.activation_checkpointing=true", trainer="fsdp2").warnings
+    assert not any("merged experts" in text for text in kept)
+
+
 @pytest.mark.parametrize("placement", ["het", "shared", "local"])
 def test_too_little_time_to_work_is_a_warning_where_slurm_counts(plan: Make, placement: str) -> None:
     words = [f"cluster.placement={placement}", "policy.parallel.dp_shard=4", "rollout.replicas=4"]

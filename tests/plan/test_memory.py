@@ -52,6 +52,31 @@ ADAPTERS = [
 ]
 
 
+MOE = {
+    **{f"layers.0.mlp.experts.{i}.{name}.weight": shape for i in range(4)
+       for name, shape in (("gate_proj", [96, 64]), ("up_proj", [96, 64]), ("down_proj", [64, 96]))},
+    "layers.0.attn.q_proj.weight": [64, 64],
+    "layers.1.mlp.experts.gate_up_proj": [4, 64, 192],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lora", "expected"),
+    [
+        (Lora(r=8), 8 * 128),
+        (Lora(r=8, target_modules=[], target_parameters=["experts.gate_up_proj"]), 2 * 8 * 4 * (64 + 192)),
+        (
+            Lora(r=8, target_parameters=["experts.down_proj"], r_pattern={"experts.down_proj": 2}),
+            8 * 128 + 4 * 2 * (64 + 96),
+        ),
+    ],
+    ids=["none", "gate_up", "down"],
+)
+def test_adapters_of_experts(lora: Lora, expected: int) -> None:
+    """They are counted as they lie in memory, whether files have them one by one or in one tensor."""
+    assert trained_parameters(Model(path="x", lora=lora), TOTAL, MOE) == (expected, expected)
+
+
 @pytest.mark.parametrize(("lora", "expected"), ADAPTERS, ids=[str(index) for index in range(len(ADAPTERS))])
 def test_an_adapter_is_what_is_added_and_trained(lora: Lora, expected: int) -> None:
     assert trained(lora=lora) == (expected, expected)

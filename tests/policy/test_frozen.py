@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from safetensors.torch import load_file, save_file
 
 from hpc_rl.bus.messages import TrainStep
@@ -15,12 +16,14 @@ from hpc_rl.checkpoint.loader import CheckpointError, tensors_of
 from hpc_rl.checkpoint.offline import export_checkpoint
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.recipe.schema import Recipe
+from tests.tiny_models import save_model
 from tests.training import make_context, make_plan, make_recipe, make_run
 
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
 LORA = {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "dropout": 0.1}}
 WHOLE = {"lora": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}}
+EXPERTS = {"lora": {"r": 2, "target_modules": [], "target_parameters": ["experts.gate_up_proj"]}}
 FREEZE = {"freeze": [r"\.mlp\.", "embed_tokens"]}
 
 
@@ -42,11 +45,20 @@ def exported(trainer: Fsdp2Trainer, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def with_experts(tiny_model: Path, folder: Path) -> Path:
+    """A tiny mixture of experts with the tokenizer of `tiny_model`."""
+    vocabulary = T.AutoConfig.from_pretrained(tiny_model).vocab_size
+    found = save_model(folder / "moe", "qwen3_moe", vocab_size=vocabulary)
+    T.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(found)
+    return found
+
+
 @pytest.mark.parametrize(
     ("changes", "policy"),
     [
         (LORA, {}),
         (WHOLE, {"ema": {"decay": 0.9}}),
+        (EXPERTS, {}),
         (FREEZE, {"ema": {"decay": 0.5}}),
         ({}, {"ema": {"decay": 0.5}}),
     ],
@@ -54,6 +66,8 @@ def exported(trainer: Fsdp2Trainer, folder: Path) -> dict[str, torch.Tensor]:
 def test_it_resumes_bit_equal_and_exports_the_same_from_disk(
     changes: dict[str, Any], policy: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
+    if changes is EXPERTS:
+        tiny_model = with_experts(tiny_model, tmp_path)
     recipe = partial(tmp_path, tiny_model, changes, **policy)
     run = make_run(tmp_path / "run", recipe, make_plan(recipe))
     first = Fsdp2Trainer(make_context(run, recipe))

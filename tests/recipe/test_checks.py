@@ -57,6 +57,13 @@ Wrong = Callable[..., str]
             ],
             "model.lora={dropout: 0.1}': model.lora.dropout: is 0.1; with policy.parallel.tp each rank",
         ),
+        (
+            [
+                *("policy.parallel={dp_shard: 4, tp: 2}", "policy.trainer=fsdp2"),
+                "model.lora={target_parameters: [experts.down_proj]}",
+            ],
+            "policy.parallel.tp: is 2; adapters of model.lora.target_parameters are not split, keep 1",
+        ),
         (["policy.micro_batch_tokens=null"], "policy.micro_batch_tokens: set micro_batch_tokens, or"),
         (
             ["policy.optimizer.betas=[0.9, 1]"],

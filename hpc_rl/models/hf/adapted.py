@@ -32,6 +32,11 @@ def inject(module: Any, spec: Model, parallel: ParallelSpec) -> None:
             f"policy.parallel.tp = {parallel.tp}; set it to 0"
         )
     lora.inject(module, spec.lora, spec.path)
+    if parallel.tp > 1 and lora.has_experts(module):
+        raise ModelError(
+            "model.lora.target_parameters: adapters of experts in one tensor are not split by tensor; set "
+            "policy.parallel.tp to 1"
+        )
 
 
 def load(module: Any, files: dict[str, Path], transforms: list[Any], spec: Lora, seed: int) -> None:
@@ -56,7 +61,7 @@ class AdaptedModel(HfModel):
         """The merged values, sharded as the weights are. A collective when sharded: A is gathered."""
         deltas = self.deltas
         return {
-            name: merged(value, *deltas.factors(name)) if name in deltas else value.detach()
+            name: merged(value, name, deltas) if name in deltas else value.detach()
             for name, value in unit.items()
         }
 
@@ -89,7 +94,7 @@ class StoredAdaptedModel(AdaptedModel):
         stored = self.read({n: p for pair in factors.values() for n, p in pair.items()})
         for name, pair in factors.items():
             a, b = (stored[n] for n in pair)
-            values[name] = lora.merge(values[name], a, b, deltas.scale(name))
+            values[name] = lora.merge(values[name], *deltas.matrices(name, a, b), deltas.scale(name))
         return values
 
     def adapter(self) -> dict[str, Tensor]:
@@ -125,19 +130,20 @@ def adapter_export(
     return model, lambda folder: lora.write_adapter(folder / "adapter", module, tensors)
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def merged(weight: Tensor, name: str, deltas: lora.Deltas) -> Tensor:
     """`lora.merge` of tensors sharded in any way: each rank makes its own blocks of the weight. The factors
     are gathered, which is little beside the weight."""
+    factors = (f.full_tensor() if isinstance(f, DTensor) else f for f in deltas.names(name).values())
+    a, b = deltas.matrices(name, *factors)
+    scale = deltas.scale(name)
     if not isinstance(weight, DTensor):
         return lora.merge(weight.detach(), a, b, scale)
-    whole_a, whole_b = (f.full_tensor() if isinstance(f, DTensor) else f for f in (a, b))
     local = weight.to_local()
     values = torch.empty_like(local, dtype=torch.float32)
     for block in held_blocks(weight):
-        rows, columns = block.of_full()
-        values[block.of_local()] = lora.merge(
-            local[block.of_local()], whole_a[:, columns], whole_b[rows], scale
-        )
+        *experts, rows, columns = block.of_full()
+        own_a, own_b = a[(*experts, slice(None), columns)], b[(*experts, rows)]
+        values[block.of_local()] = lora.merge(local[block.of_local()], own_a, own_b, scale)
     return DTensor.from_local(
         values,
         weight.device_mesh,

@@ -47,14 +47,12 @@ def _matches(key: str, patterns: list[str], named: dict[str, Any]) -> set[str]:
             raise ModelError(f"{key}[{index}] {pattern!r} is not a regular expression: {error}") from error
         hits = {name for name in named if compiled.search(name)}
         if not hits:
-            raise ModelError(
-                f"{key}[{index}] {pattern!r} matches no parameter; {_near(pattern, list(named))}"
-            )
+            raise ModelError(f"{key}[{index}] {pattern!r} matches no parameter; {near(pattern, list(named))}")
         found |= hits
     return found
 
 
-def _near(pattern: str, names: list[str]) -> str:
+def near(pattern: str, names: list[str]) -> str:
     """Names like the pattern, layer numbers aside."""
     words = re.sub(r"[\\^$.*+?()\[\]|{}]+", ".", pattern).strip(".")
     short = {re.sub(r"\.\d+\.", ".*.", name): name for name in reversed(names)}

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import textwrap
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from hpc_rl.models.hf.adapter_names import (
     is_saved_whole,
     plain_name,
 )
+from hpc_rl.models.hf.freeze import near
 from hpc_rl.recipe.schema import Lora
 
 LOG = logging.getLogger("hpc_rl.models")
@@ -42,26 +45,64 @@ _PREFIX = "base_model.model."  # of the names in an adapter file
 def inject(module: Any, spec: Lora, base: str) -> None:
     """Put adapters into `module` (on meta, not sharded yet) and freeze the rest. `base` is the recipe's
     model path, for the adapter's config. Raises ModelError naming the key when the targets do not fit."""
+    _check_names(spec, module)
     try:
         config = _config(spec, base, module)
         inject_adapter_in_model(config, module, ADAPTER)
     except ValueError as error:
-        raise ModelError(f"model.lora: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model.lora: {textwrap.shorten(str(error), 300)}") from error
+    if spec.adapter is None and set(config.target_parameters or []) != set(spec.target_parameters):
+        named = ", ".join(sorted(set(config.target_parameters or []) - set(spec.target_parameters)))
+        raise ModelError(
+            f"model.lora.target_modules: PEFT takes some of them for experts in one tensor ({named}): name "
+            "the layers of the attention there, and experts in model.lora.target_parameters"
+        )
     for name, layer in _layers(module):
-        if not isinstance(layer.get_base_layer(), nn.Linear):
+        if not isinstance(layer, ParamWrapper) and not isinstance(layer.get_base_layer(), nn.Linear):
             kind = type(layer.get_base_layer()).__name__
             raise ModelError(
                 f"model.lora.target_modules: {name} is a {kind}; only linear layers can have adapters "
-                "(of experts in one tensor: name the layers of the attention)"
+                "(experts in one tensor: model.lora.target_parameters)"
             )
     tied = {plain_name(name) for pair in module.all_tied_weights_keys.items() for name in pair}
     changed = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
-    changed |= {f"{name}.weight" for name, _ in _layers(module)}
+    changed |= set(Deltas(module).weights)
     if tied & changed:
         raise ModelError(
             f"model.lora: {', '.join(sorted(tied & changed))} is tied to another weight; "
             "take it out of target_modules and modules_to_save"
         )
+
+
+def _check_names(spec: Lora, module: nn.Module) -> None:
+    """Every name of the recipe is that of something (PEFT passes over those that are not). By PEFT's rules:
+    a name is whole or the end of one; patterns are of whole names or the end."""
+    if spec.adapter is not None:
+        return  # its own names count, and every one of its tensors must find its place
+    modules = [name for name, _ in module.named_modules() if name]
+    parameters = [name for name, _ in module.named_parameters()]
+    fused = any(p.dim() == 3 and "experts" in name for name, p in module.named_parameters())
+    targets = [] if spec.target_modules == "all-linear" else spec.target_modules
+    for key, names, known in (
+        ("target_modules", targets, modules),
+        ("exclude_modules", spec.exclude_modules, modules),
+        ("target_parameters", spec.target_parameters, parameters),
+        ("modules_to_save", spec.modules_to_save, modules),
+    ):
+        for name in names:
+            if not any(other == name or other.endswith(f".{name}") for other in known):
+                hint = "; experts in one tensor: target_parameters" if fused and known is modules else ""
+                raise ModelError(f"model.lora.{key}: {name!r} names nothing; {near(name, known)}{hint}")
+    for key, patterns in (("r_pattern", spec.r_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern in patterns:
+            try:
+                compiled = re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise ModelError(
+                    f"model.lora.{key}: {pattern!r} is no regular expression: {error}"
+                ) from error
+            if not any(compiled.match(other) for other in modules + parameters):
+                raise ModelError(f"model.lora.{key}: {pattern!r} names nothing; {near(pattern, modules)}")
 
 
 def _config(spec: Lora, base: str, module: Any) -> LoraConfig:
@@ -79,6 +120,7 @@ def _config(spec: Lora, base: str, module: Any) -> LoraConfig:
         lora_dropout=spec.dropout,
         target_modules=_all_linear(module) if spec.target_modules == "all-linear" else spec.target_modules,
         exclude_modules=spec.exclude_modules or None,
+        target_parameters=spec.target_parameters or None,
         modules_to_save=spec.modules_to_save or None,
         use_rslora=spec.use_rslora,
         rank_pattern=dict(spec.r_pattern),
@@ -159,33 +201,66 @@ def _fill(parameter: Tensor, full: Tensor) -> None:
 
 
 class Deltas:
-    """scale * B A of every adapted weight, by the plain name of the weight."""
+    """What adapters add to weights, by the plain name of the weight: scale * B A."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = {f"{name}.weight": layer for name, layer in _layers(module)}
+        self._layers = {_weight_of(name, layer): (name, layer) for name, layer in _layers(module)}
 
     def __contains__(self, name: str) -> bool:
         return name in self._layers
 
+    @property
+    def weights(self) -> list[str]:
+        """The plain names of the adapted weights."""
+        return list(self._layers)
+
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """`(A [r, in], B [out, r], scale)` of the weight `name` [out, in]."""
+        """`(A [r, in], B [out, r], scale)` of the weight `name` [out, in]; see `matrices` for experts."""
         a, b = self.names(name).values()
         return a, b, self.scale(name)
 
     def names(self, name: str) -> dict[str, Tensor]:
         """A and B of the weight `name`, by their names in memory."""
-        layer, prefix = self._layers[name], name.removesuffix("weight")
+        path, layer = self._layers[name]
         return {
-            f"{prefix}lora_A.{ADAPTER}.weight": layer.lora_A[ADAPTER].weight,
-            f"{prefix}lora_B.{ADAPTER}.weight": layer.lora_B[ADAPTER].weight,
+            f"{path}.lora_A.{ADAPTER}.weight": layer.lora_A[ADAPTER].weight,
+            f"{path}.lora_B.{ADAPTER}.weight": layer.lora_B[ADAPTER].weight,
         }
 
     def scale(self, name: str) -> float:
-        return float(self._layers[name].scaling[ADAPTER])
+        return float(self._layers[name][1].scaling[ADAPTER])
+
+    def matrices(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors `a` and `b` (whole, plain tensors) of the weight `name` as those whose product b @ a
+        has its shape. Only experts in one tensor need it: PEFT has theirs as A [experts * r, in] and
+        B [out, r * experts], and the weight is [experts, out, in] or [experts, in, out]."""
+        layer = self._layers[name][1]
+        if not _of_experts(layer):
+            return a, b
+        a = a.reshape(layer.num_experts, -1, a.shape[-1])
+        b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)
+        # The layout is a fact of the class, which PEFT reads there, too; shapes may be square.
+        if getattr(layer.get_base_layer(), "is_transposed", False):
+            return b.transpose(1, 2), a.transpose(1, 2)
+        return a, b
+
+
+def _weight_of(name: str, layer: LoraLayer) -> str:
+    own = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    return f"{plain_name(name)}.{own}"
+
+
+def _of_experts(layer: LoraLayer) -> bool:
+    return isinstance(layer, ParamWrapper) and layer.get_param().dim() == 3
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether experts in one tensor have adapters."""
+    return any(_of_experts(layer) for _, layer in _layers(module))
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A in fp32, as PEFT's `merge_and_unload` computes it."""
+    """W + scale * B A in fp32, as PEFT's `merge_and_unload` computes it; of experts, all in one."""
     return weight.float() + (b.float() @ a.float()) * scale
 
 
