@@ -15,8 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["hpc_rl.models.hf.model", "torch.distributed.tensor"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["hpc_rl.models.hf.model", "torch.distributed.tensor"])
 
 
 def run_ranks(
@@ -37,7 +37,7 @@ def run_ranks(
     logs = [folder / f"rank_{rank}_{token}.log" for rank in range(world_size)]
     store = str(folder / f"store_{token}") if group else None
     ranks = [
-        _CONTEXT.Process(
+        CONTEXT.Process(
             target=_rank_main,
             args=(function, rank, world_size, store, str(log), args),
         )

@@ -47,6 +47,15 @@ class Section(BaseModel):
     )
 
 
+def _local_folder(text: str) -> str:
+    if not text.startswith(("/", "~", "$")):
+        raise ValueError("must be an absolute path of the nodes, such as /scratch/models or $TMPDIR/models")
+    return text
+
+
+LocalFolder = Annotated[str, AfterValidator(_local_folder)]
+
+
 class Lora(Section):
     """Low-rank adapters through PEFT; the other weights are frozen (`modules_to_save` excepted).
 
@@ -72,10 +81,12 @@ class Lora(Section):
 
 class Model(Section):
     """`train` and `freeze` are regular expressions searched in parameter names (as in memory): with
-    `train`, only parameters that match one are trained; those that match one of `freeze` never are."""
+    `train`, only parameters that match one are trained; those that match one of `freeze` never are.
+    `stage` is a folder on each node's own disk; the model is copied there once per node and read from it."""
 
     path: str
     revision: str | None = None
+    stage: LocalFolder | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attn_implementation: str | None = None

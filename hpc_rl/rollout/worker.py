@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 from hpc_rl.bus import messages as m
+from hpc_rl.models.hf.staging import staged_folder
 from hpc_rl.recipe.schema import DatasetSpec
 from hpc_rl.rewards.pool import Scored, ScorerPool
 from hpc_rl.roles import RoleProcess
@@ -39,7 +41,7 @@ class Worker:
         recipe, plan = process.recipe, process.plan
         assert recipe.rollout is not None
         self.rollout = recipe.rollout
-        settings = engine_settings(
+        self._settings = engine_settings(
             recipe,
             plan,
             bus_file=process.run_dir.bus_file(process.attempt),
@@ -47,7 +49,7 @@ class Worker:
             replica=process.index,
             incarnation=process.incarnation,
         )
-        self.engine: Engine = make_engine(self.rollout.engine, settings)
+        self._engine: Engine | None = None  # made when it is known where the model is read from
         self.pool: ScorerPool = scorer_pool(recipe, plan, process.run_dir.code)
         self.codec: PromptCodec | None = None
         self.slots = asyncio.Semaphore(self.rollout.max_in_flight)
@@ -55,6 +57,11 @@ class Worker:
         self.probe = math.nan
         self.served = 0
         self.failed: asyncio.Future[None] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "the engine is made by _load"
+        return self._engine
 
     async def run(self) -> None:
         self.failed = asyncio.get_running_loop().create_future()
@@ -78,6 +85,10 @@ class Worker:
         self.codec = await asyncio.to_thread(
             PromptCodec.load, tokenizer, model.revision, model.trust_remote_code
         )
+        if model.stage is not None:
+            folder = await asyncio.to_thread(staged_folder, model)
+            self._settings = replace(self._settings, model=str(folder))
+        self._engine = make_engine(self.rollout.engine, self._settings)
         await asyncio.gather(self.engine.start(), self.pool.start())
         self.probe = await self._probe_weights()
         seconds = time.monotonic() - began
@@ -278,7 +289,8 @@ class Worker:
         await asyncio.gather(*self.groups, return_exceptions=True)
         async with asyncio.timeout(CLOSE_LIMIT_S):
             await self.pool.close()
-            await self.engine.close()
+            if self._engine is not None:
+                await self._engine.close()
 
 
 def body(process: RoleProcess) -> int:

@@ -93,7 +93,7 @@ def replica(bus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         {
             "name": "worker",
             "kind": "rl",
-            "model": {"path": str(folders[0]), "dtype": "float32"},
+            "model": {"path": str(folders[0]), "dtype": "float32", "stage": str(root / "stage")},
             "data": {"train": {"path": "none"}},
             "plugins": ["picky_reward.py"],
             "reward": [{"name": "picky", "weight": 0.5}, {"name": "contains", "weight": 1.0, "text": "w"}],
@@ -137,6 +137,8 @@ def test_registers_and_gets_ready(replica: Replica) -> None:
     ready = replica.wait(lambda x: isinstance(x, m.ReplicaReady))
     assert isinstance(ready, m.ReplicaReady)
     assert (ready.version, ready.info["engine"]) == (0, "hf")
+    (copy,) = (replica.folders[0].parent / "stage").glob("model0-*/model.safetensors")
+    assert copy.read_bytes() == (replica.folders[0] / copy.name).read_bytes()
 
 
 def test_generates_and_scores(replica: Replica) -> None:

@@ -29,6 +29,7 @@ from hpc_rl.models.hf.rows import (
     reason_to_pad,
 )
 from hpc_rl.models.hf.sharding import layers, needs_sharding, shard
+from hpc_rl.models.hf.staging import staged_folder
 from hpc_rl.recipe.schema import Model
 
 LOG = logging.getLogger("hpc_rl.models")
@@ -180,7 +181,7 @@ def _build(spec: Model, parallel: ParallelSpec, seed: int, module: Any, origin: 
     """Of what `build_on_meta` made. With `pad`, that has Transformers' own attention (or the recipe's), which
     reads the padding's mask."""
     folder = model_folder(spec.path, spec.revision)
-    files = weight_files(folder)
+    files = weight_files(staged_folder(spec))
     transforms = transforms_of(module)  # by class name, which sharding changes
     choose_trained(module, spec.train, spec.freeze)
     kind = HfModel
