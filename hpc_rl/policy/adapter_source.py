@@ -25,10 +25,11 @@ class AdapterSource:
         self._deltas, self._base = deltas, model.fingerprint.hex()
         factors = {name for weight in self._weights for name in deltas.names(weight)}
         trained = {name for name, p in model.module.named_parameters() if p.requires_grad}
-        if trained - factors:
+        others = sorted(trained - factors) + [name for name in self._weights if not name.endswith(".weight")]
+        if others:
             raise ModelError(
-                f"rollout.weights.lora: {', '.join(sorted(trained - factors)[:3])} is trained and no part of "
-                "an adapter; set it to merged"
+                f"rollout.weights.lora: {', '.join(others[:3])} is trained and no part of an adapter of "
+                "linear layers; set it to merged"
             )
 
     @torch.no_grad()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rl.bus import messages as m
+from hpc_rl.recipe.schema import Lora
 from hpc_rl.run.best import Best, read_best
 from tests.controller.simulation import GROUP_SIZE, PROMPTS_PER_STEP, STALENESS, Simulation, make_controller
 
@@ -56,3 +58,20 @@ def test_the_best_of_the_evaluated_checkpoints_is_kept_whenever_its_score_comes(
         assert controller.run_dir.complete_steps() == sorted({best, STEPS})
         kept.append(best)
     assert 6 in kept, "an evaluation may be given up or fall out, but not in every order"
+
+
+def test_a_saved_adapter_is_pushed_before_the_first_prompt(tmp_path: Path) -> None:
+    """The engines load the bare model, which is not the policy's version 0 then."""
+
+    class Bare(Simulation):
+        def obey(self, index: int, message: object) -> None:
+            if isinstance(message, m.Generate):
+                assert self.version[index] >= 0, "a prompt went to the bare model"
+            super().obey(index, message)
+
+    controller = make_controller(tmp_path, steps=2, replicas=2, before=True)
+    controller.recipe.model.lora = Lora(adapter="saved")
+    simulation = Bare(controller, 0, deaths=0, ack=0.9)
+    simulation.version = dict.fromkeys(simulation.replicas, -1)
+    assert simulation.run()
+    assert simulation.evaluated["step-0"] == {0}
