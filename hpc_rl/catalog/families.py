@@ -12,7 +12,8 @@ from dataclasses import dataclass
 class Family:
     """`model_types` are the `model_type` values of config.json; `vllm` says whether vLLM serves it, `tp`
     whether Transformers has a plan to split its layers, `vision` whether it sees images, `vllm_lora` whether
-    vLLM's adapters are proven to give the merged model's numbers."""
+    vLLM's adapters are proven to give the merged model's numbers, `packed` whether its rows of sequences are
+    trained as they are, without padding."""
 
     name: str
     model_types: tuple[str, ...]
@@ -21,6 +22,7 @@ class Family:
     tp: bool = True
     vision: bool = False
     vllm_lora: bool = False
+    packed: bool = True
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -40,7 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("SmolLM3", ("smollm3",)),
     Family("Gemma 3 with images", ("gemma3",), vision=True),
     Family("LLaVA", ("llava",), vision=True),
-    Family("Llama 3.2 Vision", ("mllama",), vllm=False, tp=False, vision=True),
+    Family("Llama 3.2 Vision", ("mllama",), vllm=False, tp=False, vision=True, packed=False),
     Family("Qwen2-VL", ("qwen2_vl", "qwen2_5_vl"), vision=True),
     Family("Qwen3-VL", ("qwen3_vl",), vision=True),
 )

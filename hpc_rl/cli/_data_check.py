@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpc_rl.catalog.facts import ModelFilesError, read_json
+from hpc_rl.catalog.families import family_of
 from hpc_rl.catalog.local_models import find_model, find_snapshot, hub_cache, is_local
 from hpc_rl.cluster.findings import Finding, place
 from hpc_rl.plan.site import Site
@@ -84,6 +86,7 @@ def _check_rows(
     path = find_path(spec.path, None)
     files = MediaFiles(spec, path if path is None or path.is_dir() else path.parent)
     looks = sft and folder is not None and any((folder / name).is_file() for name in PROCESSORS)
+    padded = _padded_family(folder) if looks and folder is not None else None
     if looks and spec.format == "cosmos_reason1":
         files.prepare(unpack=False)
 
@@ -92,13 +95,23 @@ def _check_rows(
             return
         if not looks and folder is not None:
             raise DataError(f"{where} has images or videos, and {folder} has no processor for them")
-        if loaded.recipe.policy.batch_tokens is not None:
+        if loaded.recipe.policy.batch_tokens is not None and padded is not None:
             raise DataError(
-                f"{where} has images: policy.batch_tokens does not work with them, use batch_size"
+                f"{where} has images, and policy.batch_tokens packs rows with images, which {padded} cannot: "
+                "use policy.batch_size with policy.micro_batch_size"
             )
         files.check(conversation, where)
 
     check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED, template=template, seen=seen)
+
+
+def _padded_family(folder: Path) -> str | None:
+    """The name of the model's family, if the catalog says that its rows with images must be padded."""
+    try:
+        family = family_of(str(read_json(folder / "config.json").get("model_type")))
+    except ModelFilesError:
+        return None  # the model's own finding says so
+    return family.name if family is not None and not family.packed else None
 
 
 def _tokenizer_folder(name: str, site: Site) -> Path | None:

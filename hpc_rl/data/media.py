@@ -10,7 +10,8 @@ import binascii
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,32 +111,52 @@ class MediaFiles:
 
         Raises DataError naming row and file.
         """
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
+
+        with self._opened(source, where) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+        size = shrunk(*picture.size, self._spec.min_pixels, self._spec.max_pixels)
+        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
+
+    def image_size(self, source: Any, where: str) -> tuple[int, int]:
+        """`(width, height)` of what `image` returns, from the file's header (a PNG without EXIF is read)."""
+        from PIL import ExifTags
+
+        with self._opened(source, where) as opened:
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            width, height = opened.size[::-1] if turned else opened.size
+        return shrunk(width, height, self._spec.min_pixels, self._spec.max_pixels)
+
+    @contextmanager
+    def _opened(self, source: Any, where: str) -> Iterator[Any]:
+        """The image with its header read. What goes wrong inside is a DataError naming row and file."""
+        from PIL import Image, UnidentifiedImageError
 
         path = _path_of(source)
         name = f"image {path}" if path is not None else "image"
         try:
-            opened = source
-            if path is not None:
-                opened = Image.open(self._existing(path, where))
-            elif not isinstance(source, Image.Image):
-                opened = Image.open(io.BytesIO(_bytes_of(source, where)))
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            if isinstance(source, Image.Image):
+                yield source
+                return
+            file = self._existing(path, where) if path is not None else io.BytesIO(_bytes_of(source, where))
+            with Image.open(file) as opened:
+                yield opened
         except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{where}: {name} cannot be read: {error}") from error
-        width, height = picture.size
-        size = shrunk(width, height, self._spec.min_pixels, self._spec.max_pixels)
-        return picture if size == picture.size else picture.resize(size, Image.Resampling.BICUBIC)
 
-    def video(self, source: Any, where: str) -> Video:
-        """Sampled frames (`spec.fps`, `spec.max_frames`). Raises DataError naming row and file."""
+    def video(self, source: Any, where: str, *, blank: bool = False) -> Video:
+        """Sampled frames (`spec.fps`, `spec.max_frames`), with `blank` black ones: nothing is decoded.
+
+        Raises DataError naming row and file.
+        """
         path = _path_of(source)
         if path is None:
             raise DataError(f"{where}: a video must be a path, this is {type(source).__name__}")
         spec = self._spec
-        return read_video(self._existing(path, where), spec.fps, spec.max_frames, spec.max_pixels, where)
+        found = self._existing(path, where)
+        return read_video(found, spec.fps, spec.max_frames, spec.max_pixels, where, blank=blank)
 
     def _existing(self, path: str, where: str) -> Path:
         found = self.find(path, where)

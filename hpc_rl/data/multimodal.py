@@ -8,6 +8,7 @@ move along. Tokens of media are never learned.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -47,12 +48,23 @@ class Multimodal:
 
     def open(self, conversation: Conversation, where: str) -> Conversation:
         """The conversation with its media read. Videos become images where the processor takes none."""
-        images = [self._files.image(source, where) for source in conversation.images]
-        videos = [self._files.video(source, where) for source in conversation.videos]
-        if self._takes_videos:
-            videos = [_two_frames(video) for video in videos]
-        opened = replace(conversation, images=images, videos=videos)
-        return opened if self._takes_videos or not videos else _as_images(opened)
+        images = [self._image(source, where) for source in conversation.images]
+        videos = [self._video(source, where) for source in conversation.videos]
+        if self._takes_videos or not videos:
+            return replace(conversation, images=images, videos=[_two_frames(video) for video in videos])
+        return _as_images(replace(conversation, images=images, videos=videos), self._frame)
+
+    def _image(self, source: Any, where: str) -> Any:
+        return self._files.image(source, where)
+
+    def _video(self, source: Any, where: str) -> Video:
+        return self._files.video(source, where)
+
+    def _frame(self, frame: Any) -> Any:
+        """A frame of a video, as an image."""
+        from PIL import Image
+
+        return Image.fromarray(frame)
 
     def encode(
         self, rendering: Rendering, conversation: Conversation, where: str
@@ -150,10 +162,8 @@ def _two_frames(video: Video) -> Video:
     )
 
 
-def _as_images(conversation: Conversation) -> Conversation:
+def _as_images(conversation: Conversation, image_of: Callable[[Any], Any]) -> Conversation:
     """Each video as its frames."""
-    from PIL import Image
-
     images, videos = iter(conversation.images), iter(conversation.videos)
     found: list[Any] = []
     messages = []
@@ -164,7 +174,7 @@ def _as_images(conversation: Conversation) -> Conversation:
                 found.append(next(images))
             if part["type"] == "video":
                 frames = next(videos).frames
-                found += [Image.fromarray(frame) for frame in frames]
+                found += [image_of(frame) for frame in frames]
                 parts += [{"type": "image"} for _ in frames]
             else:
                 parts.append(part)

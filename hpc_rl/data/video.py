@@ -31,8 +31,13 @@ class Video:
         return self.total / self.fps
 
 
-def read_video(path: Path, fps: float, max_frames: int, max_pixels: int | None, where: str) -> Video:
-    """Sampled frames of the first video stream, made no larger than `max_pixels`. Raises DataError."""
+def read_video(
+    path: Path, fps: float, max_frames: int, max_pixels: int | None, where: str, *, blank: bool = False
+) -> Video:
+    """Sampled frames of the first video stream, made no larger than `max_pixels`. Raises DataError.
+
+    With `blank` they are black and take no memory: number, size and times alone, without decoding.
+    """
     import av
     from av.error import FFmpegError
 
@@ -40,20 +45,28 @@ def read_video(path: Path, fps: float, max_frames: int, max_pixels: int | None, 
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise DataError(f"{where}: {path} has no video stream")
+            width, height = container.streams.video[0].width, container.streams.video[0].height
             shown = _timestamps(container)
         if not shown:
             raise DataError(f"{where}: {path} has no frame")
         wanted = sample(shown, fps, max_frames)
-        with av.open(str(path)) as container:
-            frames = _decode(container, wanted, max_pixels)
+        if blank:
+            width, height = shrunk(width, height, None, max_pixels)
+            frames = np.broadcast_to(np.uint8(0), (len(wanted), height, width, 3))
+        else:
+            with av.open(str(path)) as container:
+                decoded = _decode(container, wanted, max_pixels)
+            if len(decoded) < len(wanted):
+                raise DataError(
+                    f"{where}: video {path} is cut short: {len(decoded)} of {len(wanted)} frames decode"
+                )
+            frames = np.stack(decoded)
     except (FFmpegError, OSError) as error:
         raise DataError(f"{where}: video {path} cannot be read: {error}") from error
-    if len(frames) < len(wanted):
-        raise DataError(f"{where}: video {path} is cut short: {len(frames)} of {len(wanted)} frames decode")
     length = max(shown[-1] - shown[0], 1e-9)
     native = (len(shown) - 1) / length if len(shown) > 1 else fps
     seconds = [shown[i] - shown[0] for i in wanted]
-    return Video(np.stack(frames), seconds, wanted, len(shown), native)
+    return Video(frames, seconds, wanted, len(shown), native)
 
 
 def sample(shown: list[float], fps: float, max_frames: int) -> list[int]:

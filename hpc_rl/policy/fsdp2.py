@@ -17,6 +17,7 @@ from hpc_rl.checkpoint.saver import Saver, SaveResult
 from hpc_rl.data.rows import load_rows
 from hpc_rl.models.base import ParallelSpec
 from hpc_rl.models.hf.model import HfModel, build, check_parallel
+from hpc_rl.models.hf.rows import packed
 from hpc_rl.policy import process_group
 from hpc_rl.policy.ema import WeightAverage
 from hpc_rl.policy.exports import EXPORT_LIMIT_S, Exports
@@ -124,8 +125,14 @@ class Fsdp2Trainer:
     def _count_steps(self) -> None:
         policy, spec = self.recipe.policy, self.recipe.data.train
         if self.recipe.kind == "sft":
-            needs_blank = self.model.needs_media
-            self.sft = open_sft_data(self.recipe, self.context.run_dir, self.runner.ranks, needs_blank)
+            self.sft = open_sft_data(
+                self.recipe,
+                self.context.run_dir,
+                self.runner.ranks,
+                needs_picture=self.model.needs_media,
+                packed=self.model.rows is packed,
+                store=process_group.data_store(self.context),
+            )
         elif policy.steps is not None:
             self.total_steps = policy.steps
         else:

@@ -50,3 +50,11 @@ def join(context: TrainerContext, device: torch.device) -> dist.Store:
         timeout=timedelta(seconds=COLLECTIVE_LIMIT_S),
     )
     return store
+
+
+def data_store(context: TrainerContext) -> RedisStore | None:
+    """Where the ranks tell each other about their data, beside any group; None for one rank."""
+    if context.bus_file is None or context.world_size == 1:
+        return None
+    prefix = f"data:{context.attempt}:{context.incarnation}"
+    return RedisStore.from_bus_file(context.bus_file, prefix, MEET_LIMIT_S)

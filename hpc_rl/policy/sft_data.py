@@ -1,16 +1,19 @@
 """SFT batches as a function of (data, seed, position): any number of ranks makes the same steps.
 
-Text: every rank works out the whole batch and takes its part. Tokenising the same rows on each rank costs
-less than telling each other the lengths, and leaves no collective in the data path. With images, a row is
-read by the data-parallel rank that trains it alone, and the ranks agree on how many forwards they run.
-The position (`state`) is saved with the checkpoint: the next row, and with `policy.batch_tokens` the
-sequences that wait for a row to fill.
+A step is planned from the sizes of its sequences, before any rank needs to have them: the next rows, or with
+`policy.batch_tokens` the fullest packings of what waits. One rank alone knows sizes by encoding the rows. On
+several ranks each tells the others those of its part of the rows (`sft_sizes.py`), and then encodes what it
+trains on. With images in batches of rows, a row is read by the rank whose turn it is, without any plan, and
+the ranks agree on how many forwards they run.
+The position (`state`) is saved with the checkpoint: the next row, and the sequences that wait for a row to
+fill.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +21,7 @@ from hpc_rl.data.encode import EncodedRow
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.order import row_of, steps_of_epochs
 from hpc_rl.data.rows import Rows
+from hpc_rl.data.sizes import RowSizes
 from hpc_rl.data.stream import RowStream
 from hpc_rl.data.token_batches import Key, TokenBatcher
 from hpc_rl.policy.sft_rows import (
@@ -25,8 +29,10 @@ from hpc_rl.policy.sft_rows import (
     EvalRows,
     RowSource,
     deal,
+    deal_lengths,
     samples_of,
 )
+from hpc_rl.policy.sft_sizes import Share, SharedSizes
 from hpc_rl.recipe.schema import Policy
 from hpc_rl.types import TrainSample
 
@@ -46,20 +52,33 @@ class Position:
 
 
 @dataclass
+class _Plan:
+    """A step before its sequences are made: `keys` in order, and by rank and micro-batch (`dealt`).
+
+    `sizes` are the tokens and the trained tokens of each key.
+    """
+
+    position: Position
+    batcher: TokenBatcher | None
+    keys: list[Key]
+    dealt: list[list[list[Key]]]
+    sizes: dict[Key, tuple[int, int]]
+    counts: dict[str, float]
+
+
+@dataclass
 class _Step:
-    """One step's sequences: of this rank alone (with images) or of all; `rows` are packed already."""
+    """One step's sequences, those that this rank has made; `dealt` by rank and micro-batch.
+
+    `tokens` are the trained ones: of all ranks, but where ranks have yet to agree.
+    """
 
     step: int
     samples: list[TrainSample]
-    rows: list[list[TrainSample]] | None = None
+    dealt: dict[int, list[list[TrainSample]]] = field(default_factory=dict)
+    tokens: float = 0.0
     counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
-    agreed: bool = False
-
-    def add(self, ordinal: int, row: EncodedRow) -> list[TrainSample]:
-        """The samples of a row, which is counted."""
-        for name in COUNTS:
-            self.counts[name] += getattr(row, name)
-        return samples_of(ordinal, row)
+    counted: bool = False
 
 
 @dataclass
@@ -86,6 +105,7 @@ class SftData:
         workers: int = 0,
         blank: TrainSample | None = None,
         agree: Agree | None = None,
+        share: Share | None = None,
     ) -> None:
         self._source, self._policy, self._seed, self._data_parallel = source, policy, seed, data_parallel
         self._rows: Rows = source.rows
@@ -96,15 +116,20 @@ class SftData:
         self._end = None if policy.steps is not None else len(self._rows) * (policy.epochs or 1)
         self._at, self._now = Position(), _Step(0, [])
         self._batcher = self._make_batcher()
-        self._waiting: dict[Key, TrainSample] = {}
+        self._made: dict[Key, TrainSample] = {}  # in no step yet, where this rank encodes all rows
+        self._planned: _Plan | None = None  # the step after `_now`, where sizes come before sequences
         self._before, self._empty = 0, _Empty(-1, 0)  # `_before`: the position before the newest step
         self._lengths: list[list[int]] | None = None
-        self._workers = workers
+        self._share, self._workers = share, workers
+        # Pictures of all that waits are too much to hold, and to read on every rank.
+        by_sizes = self._batcher is not None if source.has_media else share is not None
+        self._sizes = self._make_sizes("rows", self._index) if by_sizes else None
+        self._start_sizes()
 
     # --- the position --------------------------------------------------------------------------------
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run, those done before included."""
+        """Steps of the whole run, those done before included. To be asked on all ranks alike."""
         if self._policy.steps is not None:
             return self._policy.steps
         assert self._end is not None
@@ -149,35 +174,46 @@ class SftData:
 
     def _restart(self) -> None:
         self._stream.forget()
-        self._now = _Step(self._at.step, [])
-        self._batcher, self._waiting = self._make_batcher(), {}
-        wanted = set(self._at.waiting)
-        for ordinal in sorted({ordinal for ordinal, _ in wanted}):
-            for sample in samples_of(ordinal, self._stream.take(ordinal)):
-                if (ordinal, sample.sample) in wanted:
-                    self._waiting[(ordinal, sample.sample)] = sample
+        self._now, self._planned = _Step(self._at.step, []), None
+        self._batcher, self._made = self._make_batcher(), {}
+        self._start_sizes()
+        behind = {ordinal: self._size(ordinal) for ordinal in sorted({key[0] for key in self._at.waiting})}
         for key in self._at.waiting:
             assert self._batcher is not None
-            if key not in self._waiting:
+            sequences = behind[key[0]].sequences
+            if key[1] >= len(sequences):
                 raise DataError(
                     f"sequence {key[1]} of row {self.row(key[0])} waited for its step at the checkpoint, "
                     "and is not made of that row any more: has the tokenizer, its chat template or "
                     "policy.max_length changed? Start a new run from the exported weights"
                 )
-            self._batcher.add(key, len(self._waiting[key].token_ids))
+            self._batcher.add(key, sequences[key[1]][0])
+        self._made = {key: self._made[key] for key in self._at.waiting if key in self._made}
+
+    def _start_sizes(self) -> None:
+        if self._sizes is not None:
+            end = self._end if self._end is not None else sys.maxsize
+            self._sizes.start_at(self._at.cursor, end, [ordinal for ordinal, _ in self._at.waiting])
+
+    def _make_sizes(self, name: str, index: Callable[[int], int]) -> SharedSizes:
+        """Sizes of rows by ordinal, of which `index` makes the row's."""
+
+        def measure() -> Callable[[int], RowSizes]:
+            of = self._source.measure()
+            return lambda ordinal: of(index(ordinal))
+
+        return SharedSizes(measure, self._share, self._workers, name)
 
     def _make_batcher(self) -> TokenBatcher | None:
         policy = self._policy
         if policy.batch_tokens is None:
             return None
-        if self._source.has_media:
-            raise DataError("policy.batch_tokens does not work with images yet: use policy.batch_size")
         room = min(policy.micro_batch_tokens or policy.batch_tokens, policy.batch_tokens)
         return TokenBatcher(policy.batch_tokens, room)
 
     # --- a step --------------------------------------------------------------------------------------
     def samples(self, step: int) -> list[TrainSample]:
-        """The sequences of `step` (1-based), in order; with images, those of this rank.
+        """The sequences of `step` (1-based), in order; where ranks share the work, those of this one.
 
         The last step of an epoch run may have fewer. Raises DataError for a row that cannot be encoded.
         """
@@ -189,22 +225,19 @@ class SftData:
         Every rank gets equally many micro-batches; an empty one still takes part in collectives.
         """
         now = self._take(step)
-        tokens = float(sum(sum(sample.loss_mask) for sample in now.samples))
-        if self._source.has_media:
+        tokens = now.tokens
+        if self._by_own_rows:
             assert rank == self._own_rank
             mine = deal(self._policy, now.samples, 1)[0]
             count, sums = len(mine), [tokens, *(now.counts[name] for name in COUNTS)]
             if self._agree is not None:
                 count, sums = self._agree(count, sums)
             mine += [[] for _ in range(count - len(mine))]
+            tokens = sums[0]
             self._count(now, dict(zip(COUNTS, sums[1:], strict=True)))
-            return [self._with_picture(samples) for samples in mine], sums[0]
-        self._count(now, now.counts)
-        if now.rows is not None:
-            mine = now.rows[rank :: self._data_parallel]
-            mine += [[] for _ in range(-(-max(1, len(now.rows)) // self._data_parallel) - len(mine))]
         else:
-            mine = deal(self._policy, now.samples, self._data_parallel)[rank]
+            mine = now.dealt[rank]
+            self._count(now, now.counts)
         return [self._with_picture(samples) for samples in mine], tokens
 
     def metrics(self) -> dict[str, float]:
@@ -249,6 +282,8 @@ class SftData:
 
     def close(self) -> None:
         """Stop the threads."""
+        if self._sizes is not None:
+            self._sizes.close()
         self._stream.close()
         if self._eval is not None:
             self._eval.close()
@@ -261,60 +296,177 @@ class SftData:
     def _index(self, ordinal: int) -> int:
         return row_of(ordinal, len(self._rows), self._seed, self._source.spec.shuffle)[1]
 
+    @property
+    def _by_own_rows(self) -> bool:
+        """Whether each rank reads its own rows of a batch, without a plan."""
+        return self._source.has_media and self._sizes is None
+
     def _take(self, step: int) -> _Step:
         if step != self._now.step:
             self._before = self._at.cursor
-            self._now = self._by_tokens(step) if self._batcher is not None else self._by_rows(step)
+            self._now = self._own_rows(step) if self._by_own_rows else self._made_step(step)
         return self._now
 
-    def _mine(self, first: int, count: int) -> list[int]:
-        """The ordinals from `first` on that this rank encodes: with images its own, else all."""
-        last = first + count if self._end is None else min(first + count, self._end)
-        if not self._source.has_media:
-            return list(range(first, last))
-        return list(range(first + self._own_rank, last, self._data_parallel))
+    def _until(self, ordinal: int) -> int:
+        """`ordinal`, or the end of the epochs."""
+        return ordinal if self._end is None else min(ordinal, self._end)
 
-    def _by_rows(self, step: int) -> _Step:
-        """`batch_size` rows from the position of `step`, which follows from the newest one's."""
+    def _own_rows(self, step: int) -> _Step:
+        """This rank's part of `batch_size` rows from the position of `step`, which follows from the
+        newest one's."""
         size, at = self._policy.batch_size, self._at
         first = at.cursor + (step - at.step - 1) * size
-        ordinals = self._mine(first, size)
-        self._stream.want(ordinals)
+        ranges = [range(at, self._until(at + size)) for at in (first, first + size)]
+        mine, following = (list(rows)[self._own_rank :: self._data_parallel] for rows in ranges)
+        self._stream.want(mine)
         now = _Step(step, [])
-        for ordinal in ordinals:
-            now.samples += now.add(ordinal, self._stream.take(ordinal))
-        last = first + size if self._end is None else min(first + size, self._end)
-        self._at = Position(step, last, [], at.counts)
-        self._stream.want(self._mine(last, size))
+        for ordinal in mine:
+            row = self._stream.take(ordinal)
+            for name in COUNTS:
+                now.counts[name] += getattr(row, name)
+            now.samples += samples_of(ordinal, row)
+        now.tokens = float(sum(sum(sample.loss_mask) for sample in now.samples))
+        self._at = Position(step, self._until(first + size), [], at.counts)
+        self._stream.want(following)
         return now
 
-    def _by_tokens(self, step: int) -> _Step:
+    # --- a planned step ------------------------------------------------------------------------------
+    def _made_step(self, step: int) -> _Step:
+        """The step as planned, with the sequences that are made here: its own, or where this rank has
+        encoded all rows, all."""
+        plan, self._planned = self._planned, None
+        if plan is None or plan.position.step != step:
+            plan = self._plan(step)
+        began = self._at.cursor
+        ranks = range(self._data_parallel) if self._sizes is None else [self._own_rank]
+        made = self._samples({key for rank in ranks for one in plan.dealt[rank] for key in one}, plan.sizes)
+        self._at, self._batcher = plan.position, plan.batcher
+        self._look_ahead(step + 1, began)
+        return _Step(
+            step,
+            [made[key] for key in plan.keys if key in made],
+            {rank: [[made[key] for key in one] for one in plan.dealt[rank]] for rank in ranks},
+            float(sum(plan.sizes[key][1] for key in plan.keys)),
+            plan.counts,
+        )
+
+    def _plan(self, step: int) -> _Plan:
+        """The plan of a step, which follows from the newest one's position."""
+        counts: dict[str, float] = dict.fromkeys(COUNTS, 0.0)
+        sizes: dict[Key, tuple[int, int]] = {}
+
+        def count(ordinal: int) -> list[Key]:
+            row = self._size(ordinal)
+            for name in COUNTS:
+                counts[name] += getattr(row, name)
+            found = {(ordinal, number): size for number, size in enumerate(row.sequences)}
+            sizes.update(found)
+            return list(found)
+
+        if self._batcher is None:
+            size, at = self._policy.batch_size, self._at
+            first = at.cursor + (step - at.step - 1) * size
+            last = self._until(first + size)
+            self._expect(first, last)
+            keys = [key for ordinal in range(first, last) for key in count(ordinal)]
+            plan = deal_lengths(self._policy, [sizes[key][0] for key in keys], self._data_parallel)
+            dealt = [[[keys[i] for i in one] for one in rank] for rank in plan]
+            return _Plan(Position(step, last, [], at.counts), None, keys, dealt, sizes, counts)
+        return self._plan_by_tokens(step, count, sizes, counts)
+
+    def _plan_by_tokens(
+        self,
+        step: int,
+        count: Callable[[int], list[Key]],
+        sizes: dict[Key, tuple[int, int]],
+        counts: dict[str, float],
+    ) -> _Plan:
         """As many rows as the look-ahead wants, then the fullest packings of what waits."""
         assert self._batcher is not None
         if step != self._at.step + 1:
             raise ValueError(f"step {step} of token batches was asked for after step {self._at.step}")
-        now = _Step(step, [], [])
+        batcher = replace(self._batcher, waiting=list(self._batcher.waiting))
         cursor = began = self._at.cursor
-        while self._batcher.hungry and (self._end is None or cursor < self._end):
-            if cursor - began >= len(self._rows) and not self._waiting:  # it would go round for ever
+        while batcher.hungry and self._until(cursor + 1) > cursor:
+            if cursor - began >= len(self._rows) and not batcher.waiting:  # it would go round for ever
                 raise self._nothing(f"a whole epoch ({len(self._rows)} rows) has")
-            self._stream.want(self._mine(cursor, 64))
-            for sample in now.add(cursor, self._stream.take(cursor)):
-                key = (cursor, sample.sample)
-                self._waiting[key] = sample
-                self._batcher.add(key, len(sample.token_ids))
+            self._expect(cursor, self._until(cursor + 64))
+            for key in count(cursor):
+                batcher.add(key, sizes[key][0])
             cursor += 1
-        now.rows = [[self._waiting.pop(key) for key in one] for one in self._batcher.take()]
-        now.samples = [sample for one in now.rows for sample in one]
-        waiting = [key for key, _ in self._batcher.waiting]
-        self._at = Position(step, cursor, waiting, self._at.counts)
-        self._stream.want(self._mine(cursor, cursor - began))
-        return now
+        waited = dict(batcher.waiting)
+        rows = batcher.take()
+        keys = [key for one in rows for key in one]
+        for key in keys:
+            if key not in sizes:
+                sizes[key] = (waited[key], self._trained(key))
+        forwards = -(-max(1, len(rows)) // self._data_parallel)
+        dealt = [rows[rank :: self._data_parallel] for rank in range(self._data_parallel)]
+        for mine in dealt:
+            mine += [[] for _ in range(forwards - len(mine))]
+        position = Position(step, cursor, [key for key, _ in batcher.waiting], self._at.counts)
+        return _Plan(position, batcher, keys, dealt, sizes, counts)
+
+    def _look_ahead(self, step: int, began: int) -> None:
+        """Begin with what the next step needs; `began` is where the newest one began."""
+        cursor = self._at.cursor
+        if self._sizes is None:
+            self._expect(cursor, self._until(2 * cursor - began))
+            return
+        self._sizes.forget(min([cursor, *(ordinal for ordinal, _ in self._at.waiting)]))
+        if self._policy.steps is not None and step > self._policy.steps:
+            return
+        try:
+            self._planned = self._plan(step)
+        except DataError:
+            return  # raised again at its step
+        self._stream.want(sorted({key[0] for one in self._planned.dealt[self._own_rank] for key in one}))
+        self._sizes.expect(2 * self._planned.position.cursor - cursor)
+
+    def _expect(self, first: int, last: int) -> None:
+        if self._sizes is not None:
+            self._sizes.expect(last)
+        else:
+            self._stream.want(range(first, last))
+
+    def _size(self, ordinal: int) -> RowSizes:
+        """The sizes of a row. Without ranks to share the work with, it is encoded for that, and kept."""
+        if self._sizes is not None:
+            return self._sizes.of(ordinal)
+        row = self._stream.take(ordinal)
+        for sample in samples_of(ordinal, row):
+            self._made[(ordinal, sample.sample)] = sample
+        return RowSizes.of(row)
+
+    def _trained(self, key: Key) -> int:
+        """The trained tokens of a sequence that has waited."""
+        if self._sizes is not None:
+            return self._sizes.of(key[0]).sequences[key[1]][1]
+        return sum(self._made[key].loss_mask)
+
+    def _samples(self, keys: set[Key], sizes: dict[Key, tuple[int, int]]) -> dict[Key, TrainSample]:
+        """The sequences of `keys`. Raises DataError where one is not as it was measured."""
+        if self._sizes is None:
+            return {key: self._made.pop(key) for key in keys}
+        found: dict[Key, TrainSample] = {}
+        for ordinal in sorted({key[0] for key in keys}):
+            row = self._stream.take(ordinal)
+            made = [(ordinal, number) for number in range(len(row.sequences))]
+            for key, sample in zip(made, samples_of(ordinal, row), strict=True):
+                if key in keys and sizes[key] == (len(sample.token_ids), sum(sample.loss_mask)):
+                    found[key] = sample
+        if lost := sorted(keys - found.keys()):
+            raise DataError(
+                f"{self._rows.where(self._index(lost[0][0]))}: its sequence {lost[0][1]} has other tokens "
+                f"than the {sizes[lost[0]][0]} that the sizes of its media say; have its files changed? If "
+                "not, the processor does not go by their sizes alone: use policy.batch_size"
+            )
+        return found
 
     def _count(self, now: _Step, counts: dict[str, float]) -> None:
         """Add a step's counts, over all ranks, to the run's; once."""
-        if not now.agreed:
-            now.agreed = True
+        if not now.counted:
+            now.counted = True
             self._at.counts = {name: self._at.counts[name] + counts[name] for name in COUNTS}
 
     def _token_steps_left(self) -> int:
@@ -328,7 +480,7 @@ class SftData:
             LOG.info(
                 "policy.epochs with policy.batch_tokens: counting the tokens of %d rows", len(self._rows)
             )
-            self._lengths = self._source.lengths(self._workers)
+            self._lengths = self._all_lengths()
             if not any(self._lengths):
                 raise self._nothing(f"all {len(self._lengths)} rows have")
         batcher = replace(self._batcher, waiting=list(self._batcher.waiting))
@@ -341,6 +493,21 @@ class SftData:
             if not batcher.take():
                 return steps
             steps += 1
+
+    def _all_lengths(self) -> list[list[int]]:
+        """Tokens of every sequence of every row."""
+        sizes, count = self._make_sizes("all rows", lambda index: index), len(self._rows)
+        sizes.start_at(0, count)
+        found = []
+        try:
+            for index in range(count):
+                if index % 1024 == 0:
+                    sizes.forget(index)
+                    sizes.expect(index + 2048)
+                found.append([tokens for tokens, _ in sizes.of(index).sequences])
+        finally:
+            sizes.close()
+        return found
 
     def _nothing(self, what: str) -> DataError:
         """`what` ends in "has" or "have"."""

@@ -17,6 +17,7 @@ from hpc_rl.models.base import ModelError
 from hpc_rl.models.hf.folder import load_processor, load_tokenizer
 from hpc_rl.policy.sft_data import SftData
 from hpc_rl.policy.sft_rows import Agree, RowSource, row_source
+from hpc_rl.policy.sft_sizes import Share, Store
 from hpc_rl.policy.step import Ranks
 from hpc_rl.recipe.schema import DatasetSpec, Recipe
 from hpc_rl.run.paths import RunDir
@@ -25,12 +26,26 @@ from hpc_rl.types import TrainSample
 _RUN_ID = re.compile(r"^(\d{8}-\d{6})-")
 
 
-def open_sft_data(recipe: Recipe, run_dir: RunDir, ranks: Ranks, needs_picture: bool) -> SftData:
+def open_sft_data(
+    recipe: Recipe,
+    run_dir: RunDir,
+    ranks: Ranks,
+    *,
+    needs_picture: bool = False,
+    packed: bool = True,
+    store: Store | None = None,
+) -> SftData:
     """The data of a recipe for this rank. With `needs_picture`, every forward must have one.
 
-    Raises DataError or ModelError.
+    `packed` says whether the model takes rows as they are, or unpacks them into padded batches. Ranks tell
+    each other sizes of rows in `store`. Raises DataError or ModelError.
     """
     processor = load_processor(recipe.model)
+    if processor is not None and not packed and recipe.policy.batch_tokens is not None:
+        raise ModelError(
+            f"policy.batch_tokens packs rows with images, and those of {recipe.model.path} must be padded: "
+            "use policy.batch_size with policy.micro_batch_size"
+        )
     tokenizer = load_tokenizer(recipe.model) if processor is None else processor.tokenizer
     if needs_picture and processor is None:
         raise ModelError(f"{recipe.model.path} takes images, and its folder has no processor for them")
@@ -45,7 +60,18 @@ def open_sft_data(recipe: Recipe, run_dir: RunDir, ranks: Ranks, needs_picture: 
         workers=recipe.data.workers,
         blank=blank_sample(processor, train.spec) if needs_picture else None,
         agree=agree_over(ranks),
+        share=_share(store, ranks, media=processor is not None),
     )
+
+
+def _share(store: Store | None, ranks: Ranks, *, media: bool) -> Share | None:
+    """Where ranks tell each other sizes of rows, if that is worth it.
+
+    Text is encoded twice where it is shared: for its sizes, and to train on it. On two ranks that is no less.
+    """
+    if store is None or ranks.world_size < (2 if media else 3):
+        return None
+    return Share(store, ranks.rank, ranks.world_size)
 
 
 def agree_over(ranks: Ranks) -> Agree:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,47 +14,33 @@ from hpc_rl.data.media import MediaFiles
 from hpc_rl.data.multimodal import Multimodal
 from hpc_rl.data.packing import pack, pack_fixed
 from hpc_rl.data.rows import Rows
+from hpc_rl.data.sizes import Measured, RowSizes
 from hpc_rl.data.stream import RowStream
 from hpc_rl.recipe.schema import DatasetSpec, Policy
 from hpc_rl.types import TrainSample
 
 # (number of micro-batches, sums) of this rank -> (the largest number, the sums) over data-parallel ranks
 Agree = Callable[[int, list[float]], tuple[int, list[float]]]
-_RUN_ID = re.compile(r"^(\d{8}-\d{6})-")
 
 
 @dataclass(frozen=True)
 class RowSource:
     """`encoder()` makes a function from row index to sequences, for one thread alone.
 
-    `has_media`: rows go through a processor, so a rank encodes its own only.
+    `has_media`: rows go through a processor, so a rank encodes its own only. `without_media` is then an
+    encoder to the same tokens that reads no more of media than their sizes.
     """
 
     rows: Rows
     spec: DatasetSpec
     encoder: Callable[[], Callable[[int], EncodedRow]]
     has_media: bool = False
+    without_media: Callable[[], Callable[[int], EncodedRow]] | None = None
 
-    def lengths(self, workers: int) -> list[list[int]]:
-        """Tokens of every sequence of every row. Reads and encodes all rows."""
-        local = _Encoders(self.encoder)
-
-        def of(index: int) -> list[int]:
-            return [len(one.token_ids) for one in local.get()(index).sequences]
-
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            return list(pool.map(of, range(len(self.rows)), chunksize=64))
-
-
-class _Encoders(threading.local):
-    def __init__(self, make: Callable[[], Callable[[int], EncodedRow]]) -> None:
-        self._make = make
-        self._made: Callable[[int], EncodedRow] | None = None
-
-    def get(self) -> Callable[[int], EncodedRow]:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+    def measure(self) -> Callable[[int], RowSizes]:
+        """A function from row index to the sizes of its sequences, for one thread alone."""
+        encode = (self.without_media or self.encoder)()
+        return lambda index: RowSizes.of(encode(index))
 
 
 def row_source(
@@ -72,18 +56,20 @@ def row_source(
     """Rows through a tokenizer, or with images through a processor (which has its tokenizer)."""
     lock = threading.Lock()
 
-    def encoder() -> Callable[[int], EncodedRow]:
+    def encoder(kind: type[Multimodal] = Multimodal) -> Callable[[int], EncodedRow]:
         with lock:  # fast tokenizers must not be used by two threads, not even to be copied
             own = copy.deepcopy(tokenizer if processor is None else processor)
         media = None
         if processor is not None:
             assert files is not None
-            media, own = Multimodal(own, files, today), own.tokenizer
+            media, own = kind(own, files, today), own.tokenizer
         encode = Encoder(own, spec, max_length, media, today)
         return lambda index: encode(rows[index], rows.where(index))
 
     encoder()  # a missing chat template is an error of the start, not of a thread
-    return RowSource(rows, spec, encoder, processor is not None)
+    if processor is None:
+        return RowSource(rows, spec, encoder)
+    return RowSource(rows, spec, encoder, True, lambda: encoder(Measured))
 
 
 def samples_of(ordinal: int, row: EncodedRow) -> list[TrainSample]:
@@ -96,12 +82,15 @@ def samples_of(ordinal: int, row: EncodedRow) -> list[TrainSample]:
 
 def deal(policy: Policy, samples: list[TrainSample], ranks: int) -> list[list[list[TrainSample]]]:
     """`samples` by rank and micro-batch."""
-    lengths = [len(sample.token_ids) for sample in samples]
-    if policy.micro_batch_size is not None:
-        plan = pack_fixed(lengths, policy.micro_batch_size, ranks)
-    else:
-        plan = pack(lengths, policy.micro_batch_tokens or max(lengths, default=1), ranks)
+    plan = deal_lengths(policy, [len(sample.token_ids) for sample in samples], ranks)
     return [[[samples[i] for i in indices] for indices in rank] for rank in plan]
+
+
+def deal_lengths(policy: Policy, lengths: list[int], ranks: int) -> list[list[list[int]]]:
+    """Indices into `lengths` by rank and micro-batch."""
+    if policy.micro_batch_size is not None:
+        return pack_fixed(lengths, policy.micro_batch_size, ranks)
+    return pack(lengths, policy.micro_batch_tokens or max(lengths, default=1), ranks)
 
 
 class EvalRows:

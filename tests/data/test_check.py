@@ -24,7 +24,7 @@ def findings(folder: Path, template: str | None, rows: list[dict[str, Any]], **d
     model.mkdir(exist_ok=True)
     (model / "chat_template.jinja").unlink(missing_ok=True)
     make_tokenizer(template).save_pretrained(model)
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text(json.dumps(data.pop("config", {})))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     policy = {"steps": 1, "batch_size": 1, **data.pop("policy", {})}
     spec = {"path": "rows.jsonl", "format": "chat", **data}
@@ -76,7 +76,12 @@ def test_media_are_checked(tmp_path: Path) -> None:
     (found,) = findings(tmp_path, parts, rows, format="llava")
     assert f"row 1: {tmp_path}/b.png does not exist" in found.message
     (found,) = findings(tmp_path, parts, rows[:1], format="llava", policy={"batch_tokens": 64})
-    assert "policy.batch_tokens does not work with them" in found.message
+    assert found.level == "ok"
+    mllama = {"config": {"model_type": "mllama"}}
+    (found,) = findings(tmp_path, parts, rows[:1], format="llava", policy={"batch_tokens": 64}, **mllama)
+    assert "packs rows with images, which Llama 3.2 Vision cannot: use policy.batch_size" in found.message
+    (found,) = findings(tmp_path, parts, rows[:1], format="llava", **mllama)
+    assert found.level == "ok"
     (found,) = findings(tmp_path, parts, rows[:1], format="llava", media_path="nowhere")
     assert f"row 0: {tmp_path}/nowhere/a.png does not exist" in found.message
     (found,) = findings(tmp_path, parts, rows[:1], format="llava", media_path="")
