@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from hpc_rl.cli._data_check import data_findings
+from hpc_rl.cli._trained_check import trained_findings
 from hpc_rl.cluster.findings import Finding, PreflightError
 from hpc_rl.cluster.preflight import file_findings, machine_findings
 from hpc_rl.plan.schema import Plan
@@ -16,7 +17,10 @@ from hpc_rl.recipe.schema import Recipe
 def preflight(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:
     """Everything that was found, errors first. Nothing is written but one short-lived file."""
     findings = machine_findings(loaded, site, plan, recipe) + data_findings(loaded, site)
-    return _sorted(findings + upload_findings(loaded))
+    findings += upload_findings(loaded)
+    if not any(finding.level == "error" for finding in findings):  # it takes seconds
+        findings += trained_findings(loaded, site, plan)
+    return _sorted(findings)
 
 
 def files_preflight(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) -> list[Finding]:

@@ -65,6 +65,16 @@ def test_all_right(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["model", "redis-server", "rows.jsonl"]
 
 
+@pytest.mark.torch
+def test_names_of_layers_that_are_not_there(folder: Path) -> None:
+    """The module is built to know (on meta, in another process), where the rest is right."""
+    lora = "model.lora={target_modules: [q_proj, qproj]}"
+    (error,) = errors(run(folder, lora, "policy.trainer=fsdp2"))
+    assert "model.lora.target_modules: 'qproj' names nothing; near it: " in error
+    (error,) = errors(run(folder, lora, "policy.trainer=fsdp2", "data.train.prompt=quest"))
+    assert "quest" in error
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

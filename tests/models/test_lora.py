@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 from hpc_rl.checkpoint.export import Export, write_now
 from hpc_rl.models.base import ModelError, ParallelSpec
 from hpc_rl.models.blocks import held_blocks
-from hpc_rl.models.hf import rows
+from hpc_rl.models.hf import lora, rows
 from hpc_rl.models.hf.adapted import AdaptedModel, adapter_export
 from hpc_rl.models.hf.model import build
+from hpc_rl.models.hf.preflight import refusal
 from hpc_rl.recipe.schema import Lora, Model
 from tests.ranks import run_ranks
 from tests.tiny_models import save_model
@@ -31,8 +32,8 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 POSITIONS = torch.cat([torch.arange(15), torch.arange(25)])
 
 
-def adapted(folder: Path | str, parallel: ParallelSpec = ONE, **lora: Any) -> AdaptedModel:
-    spec = Model(path=str(folder), dtype="float32", lora=Lora(**{"r": 4, "alpha": 8, **lora}))
+def adapted(folder: Path | str, parallel: ParallelSpec = ONE, **options: Any) -> AdaptedModel:
+    spec = Model(path=str(folder), dtype="float32", lora=Lora(**{"r": 4, "alpha": 8, **options}))
     model = build(spec, parallel, seed=5)
     assert isinstance(model, AdaptedModel)
     return model
@@ -196,5 +197,21 @@ def test_what_does_not_fit_is_named(
     family: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder = save_model(tmp_path, family)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=message) as caught:
         adapted(folder, **options)
+    spec = Model(path=str(folder), lora=Lora(**{"r": 4, "alpha": 8, **options}))
+    assert refusal(spec, tp=1) == str(caught.value), "check says the same"
+
+
+def test_what_check_sees_of_a_saved_adapter(tmp_path: Path) -> None:
+    folder, other = save_model(tmp_path / "base", "qwen2"), save_model(tmp_path / "other", "qwen3")
+    model = adapted(folder, target_modules=["q_proj"])
+    lora.write_adapter(tmp_path / "adapter", model.module, model.adapter())
+
+    def said(base: Path, **options: Any) -> str | None:
+        return refusal(Model(path=str(base), lora=Lora(adapter=str(tmp_path / "adapter"), **options)), tp=2)
+
+    assert said(folder) is None
+    assert "model.lora.dropout: 0.1 would be another mask" in str(said(folder, dropout=0.1))
+    save_model(other, "qwen2", hidden_size=96)
+    assert "q_proj.lora_A.weight of shape [4, 96] is not in adapter_model" in str(said(other))

@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -64,6 +65,8 @@ def inject(module: Any, spec: Lora, base: str) -> None:
                 f"model.lora.target_modules: {name} is a {kind}; only linear layers can have adapters "
                 "(experts in one tensor: model.lora.target_parameters)"
             )
+    if spec.adapter is not None:
+        _check_saved(module, Path(spec.adapter).expanduser())
     tied = {plain_name(name) for pair in module.all_tied_weights_keys.items() for name in pair}
     changed = {plain_name(name) for name, p in module.named_parameters() if p.requires_grad}
     changed |= set(Deltas(module).weights)
@@ -78,7 +81,7 @@ def _check_names(spec: Lora, module: nn.Module) -> None:
     """Every name of the recipe is that of something (PEFT passes over those that are not). By PEFT's rules:
     a name is whole or the end of one; patterns are of whole names or the end."""
     if spec.adapter is not None:
-        return  # its own names count, and every one of its tensors must find its place
+        return  # its own names count, and its files are compared with what they make (`_check_saved`)
     modules = [name for name, _ in module.named_modules() if name]
     parameters = [name for name, _ in module.named_parameters()]
     fused = any(p.dim() == 3 and "experts" in name for name, p in module.named_parameters())
@@ -103,6 +106,22 @@ def _check_names(spec: Lora, module: nn.Module) -> None:
                 ) from error
             if not any(compiled.match(other) for other in modules + parameters):
                 raise ModelError(f"model.lora.{key}: {pattern!r} names nothing; {near(pattern, modules)}")
+
+
+def _check_saved(module: nn.Module, folder: Path) -> None:
+    """The file of a saved adapter has every factor of `module`, in its shape. Reads the header only."""
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"model.lora.adapter: {folder} has no {WEIGHTS}")
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    for key, parameter in adapter_parameters(module).items():
+        shape = list(parameter.shape)
+        found = shapes.pop(key, None)
+        if found != shape and (found is not None or ".lora_" in key):
+            raise ModelError(f"model.lora.adapter: {key} of shape {shape} is not in {WEIGHTS}")
+    if shapes:
+        names = ", ".join(sorted(shapes)[:5])
+        LOG.warning("%d tensors of %s are not used: %s", len(shapes), folder / WEIGHTS, names)
 
 
 def _config(spec: Lora, base: str, module: Any) -> LoraConfig:
@@ -165,11 +184,7 @@ def initialise(module: nn.Module, spec: Lora, seed: int) -> None:
         if not is_factor(name):
             continue
         if saved is not None:
-            key = file_name(name)
-            if key not in saved or saved[key].shape != parameter.shape:
-                shape = list(parameter.shape)
-                raise ModelError(f"model.lora.adapter: {key} of shape {shape} is not in {WEIGHTS}")
-            full = saved[key]
+            full = saved[file_name(name)]
         elif ".lora_B." in name:
             full = torch.zeros(parameter.shape)
         else:

@@ -81,6 +81,15 @@ def split(module: Any, mesh: DeviceMesh) -> None:
     module.tie_weights()
 
 
+def check(module: Any, tp: int) -> None:
+    """Raise the ModelError that `split` over `tp` ranks would, without ranks."""
+    plan = plan_of(module, tp)
+    for name, _ in module.named_modules():
+        factor = factor_module(name)
+        if factor is not None:
+            _factor_style(*factor, plan)
+
+
 # Of an adapted layer: the factor that is split with it, as the layer itself is. By columns (of the output)
 # that is B, by rows A, whose product is summed over the ranks before B. The other factor is whole on each
 # rank and gets its whole gradient there: what is between the factors is replicated, and its gradient summed.
