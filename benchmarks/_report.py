@@ -33,6 +33,29 @@ def control(values: Sequence[float]) -> float:
     return statistics.median(pairs) if pairs else 1.0
 
 
+def summary(ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """Seconds of two sides, pair by pair: the ratio and what it is made of."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    found = {
+        "ratio": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+        "control": control(peer),
+        "ours_s": statistics.median(ours),
+        "peer_s": statistics.median(peer),
+    }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def report_seconds(
+    name: str, ours: Sequence[float], peer: Sequence[float], *, goal: float, **facts: object
+) -> dict[str, object]:
+    """`report` of two sides that are measured in seconds."""
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    seconds = {f"{side}_s": round(statistics.median(of), 4) for side, of in (("ours", ours), ("peer", peer))}
+    return report(name, ratios, goal=goal, better="lower", aa=control(peer), **seconds, **facts)
+
+
 def report(
     name: str, ratios: Sequence[float], *, goal: float, better: str, aa: float, **facts: object
 ) -> dict[str, object]:

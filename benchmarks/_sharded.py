@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks._report import interleave
+
 RANKS = 2
 LIMIT_S = 1500.0
 
@@ -68,6 +70,15 @@ def run_ranks(function: Callable[..., Any], folder: Path, *args: Any) -> Any:
         for rank in ranks:
             rank.kill()
     return answers.get()
+
+
+def alternate(
+    rank: int, ours: Callable[[], float], peer: Callable[[], float], pairs: int
+) -> dict[str, list[float]]:
+    """`interleave` on each rank after one run of each side to warm up; rank 0 says how it goes."""
+    ours(), peer()
+    mine, theirs = interleave(ours, peer, pairs, say=print if rank == 0 else lambda line: None)
+    return {"ours": mine, "peer": theirs}
 
 
 def _main(function: Callable[..., Any], rank: int, store: str, answers: Any, args: tuple[Any, ...]) -> None:

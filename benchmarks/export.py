@@ -25,8 +25,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks._report import control, interleave, report
-from benchmarks._sharded import RANKS, random_model, run_ranks, work_folder
+from benchmarks._report import report_seconds
+from benchmarks._sharded import RANKS, alternate, random_model, run_ranks, work_folder
 from hpc_rl.checkpoint.export import Export, Exporter
 from hpc_rl.models.base import ParallelSpec
 from hpc_rl.models.hf.model import HfModel, build
@@ -119,25 +119,18 @@ def _rank(rank: int, folder: str, pairs: int) -> dict[str, Any]:
     spec = Model(path=str(Path(folder) / "model"), dtype="bfloat16")
     shards = ParallelSpec(torch.device("cpu"), torch.bfloat16, dp_shard=RANKS)
     sides = _Sides(rank, build(spec, shards), Path(folder))
-    sides.ours(), sides.peer()  # warm: the staging buffer, the writer's threads
-    sides.stalls.clear()
-    ours, peer = interleave(sides.ours, sides.peer, pairs, say=print if rank == 0 else _quiet)
+    seconds = alternate(rank, sides.ours, sides.peer, pairs)
     locals_ = [p.to_local() for p in sides.model.module.parameters() if isinstance(p, DTensor)]
     into = [torch.empty_like(local.detach(), dtype=torch.bfloat16) for local in locals_]
     for _ in range(6):
         sides.copy([local.detach() for local in locals_], into)
     return {
-        "ours": ours,
-        "peer": peer,
-        "stall": statistics.median(sides.stalls),
+        **seconds,
+        "stall": statistics.median(sides.stalls[1:]),  # the first makes the staging buffer
         "copy": statistics.median(sides.copies[1:]),
         "sent": sides.sent,
         "nbytes": sum(value.numel() * 2 for value in sides.state.values()),
     }
-
-
-def _quiet(line: str) -> None:
-    return None
 
 
 def main(pairs: int = PAIRS) -> None:
@@ -145,15 +138,12 @@ def main(pairs: int = PAIRS) -> None:
         random_model(folder / "model", HIDDEN, LAYERS)
         found = run_ranks(_rank, folder, str(folder), pairs)
         where = "memory" if folder.is_relative_to("/dev/shm") else "disk"
-    report(
+    report_seconds(
         "export",
-        [a / b for a, b in zip(found["ours"], found["peer"], strict=True)],
+        found["ours"],
+        found["peer"],
         goal=GOAL,
-        better="lower",
-        aa=control(found["peer"]),
         nbytes=found["nbytes"],
-        ours_s=round(statistics.median(found["ours"]), 4),
-        peer_s=round(statistics.median(found["peer"]), 4),
         stall_s=round(found["stall"], 4),
         copy_s=round(found["copy"], 4),
         bytes_between_ranks=found["sent"],
