@@ -58,7 +58,7 @@ class AdaptedModel(HfModel):
 
     @torch.no_grad()
     def current(self, unit: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The merged values, sharded as the weights are. A collective when sharded: A is gathered."""
+        """The merged values, sharded as the weights are. A collective when sharded: factors are gathered."""
         deltas = self.deltas
         return {
             name: merged(value, name, deltas) if name in deltas else value.detach()
