@@ -42,7 +42,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6
 @dataclass(frozen=True)
 class Family:
     """`config` makes the tiny configuration. `packed`: our path packs its rows (with images, too); `tp`:
-    Transformers has a plan to split it; `vllm`: vLLM serves it."""
+    Transformers has a plan to split it; `vllm`: vLLM serves it; `vllm_lora`: also with adapters."""
 
     name: str
     config: Callable[..., Any]
@@ -50,6 +50,7 @@ class Family:
     packed: bool = True
     tp: bool = True
     vllm: bool = True
+    vllm_lora: bool = False
 
 
 def _text(cls: Any, **options: Any) -> Callable[..., Any]:
@@ -131,14 +132,14 @@ _QWEN3_VISION = {
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", _text(T.LlamaConfig, tie_word_embeddings=False)),
-        Family("llama_tied", _text(T.LlamaConfig, tie_word_embeddings=True)),
-        Family("mistral", _text(T.MistralConfig, sliding_window=16)),
-        Family("qwen2", _text(T.Qwen2Config, tie_word_embeddings=True)),
-        Family("qwen3", _text(T.Qwen3Config)),
-        Family("gemma2", _text(T.Gemma2Config, sliding_window=16)),
-        Family("gemma3", _text(T.Gemma3TextConfig, sliding_window=16)),
-        Family("phi3", _text(T.Phi3Config, pad_token_id=0)),
+        Family("llama", _text(T.LlamaConfig, tie_word_embeddings=False), vllm_lora=True),
+        Family("llama_tied", _text(T.LlamaConfig, tie_word_embeddings=True), vllm_lora=True),
+        Family("mistral", _text(T.MistralConfig, sliding_window=16), vllm_lora=True),
+        Family("qwen2", _text(T.Qwen2Config, tie_word_embeddings=True), vllm_lora=True),
+        Family("qwen3", _text(T.Qwen3Config), vllm_lora=True),
+        Family("gemma2", _text(T.Gemma2Config, sliding_window=16), vllm_lora=True),
+        Family("gemma3", _text(T.Gemma3TextConfig, sliding_window=16), vllm_lora=True),
+        Family("phi3", _text(T.Phi3Config, pad_token_id=0), vllm_lora=True),
         Family("qwen3_moe", _text(T.Qwen3MoeConfig, **MOE)),
         Family("mixtral", _text(T.MixtralConfig, num_local_experts=4)),
         Family(

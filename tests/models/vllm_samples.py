@@ -2,8 +2,9 @@
 
     python -m tests.models.vllm_samples JOBS.json
 
-JOBS.json is a list of `{family, folder, prompt_ids | prompt and images, out}`. Each model runs in a fork
-of its own: an engine cannot be unloaded, and importing vLLM costs more than a tiny model.
+JOBS.json is a list of `{family, folder, prompt_ids | prompt and images, out}`; with `adapter`, a file that
+holds the push of one, it samples twice, then with the adapter. Each model runs in a fork of its own: an
+engine cannot be unloaded, and importing vLLM costs more than a tiny model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
 
 TOKENS, LIMIT = 20, 128
 
@@ -40,11 +43,31 @@ def sample(job: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=False,
         limit_mm_per_prompt={"image": len(images)} if images else None,
         disable_log_stats=True,
+        **(adapters() if "adapter" in job else {}),
     )
     params = SamplingParams(
         max_tokens=TOKENS, temperature=1.0, seed=1, logprobs=0, ignore_eos=True, detokenize=False
     )
-    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    answer = answered(llm.generate([prompt], params, use_tqdm=False))
+    if "adapter" in job:
+        from hpc_rl.weights.adapter import read_adapter
+        from hpc_rl.weights.vllm_adapter import REQUEST, install
+
+        layers = read_adapter(load_file(job["adapter"]), job["base"])
+        llm.collective_rpc("add_blank_adapter")
+        llm.apply_model(lambda model: install(model, layers))
+        answer["adapted"] = answered(llm.generate([prompt], params, use_tqdm=False, lora_request=REQUEST))
+    return answer
+
+
+def adapters() -> dict[str, Any]:
+    from hpc_rl.weights.vllm_adapter import EXTENSION
+
+    return {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "worker_extension_cls": EXTENSION}
+
+
+def answered(outputs: list[Any]) -> dict[str, Any]:
+    (output,) = outputs
     made = output.outputs[0]
     log_probs = [entry[token].logprob for entry, token in zip(made.logprobs, made.token_ids, strict=True)]
     return {"prompt_ids": output.prompt_token_ids, "token_ids": list(made.token_ids), "log_probs": log_probs}
