@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class Family:
     """`model_types` are the `model_type` values of config.json; `vllm` says whether vLLM serves it, `tp`
     whether Transformers has a plan to split its layers, `vision` whether it sees images, `vllm_lora` whether
-    vLLM's adapters are proven to give the merged model's numbers, `packed` whether its rows of sequences are
+    vLLM's adapters are proven to give the adapted model's numbers, `packed` whether its rows of sequences are
     trained as they are, without padding."""
 
     name: str

@@ -23,7 +23,7 @@ def test_the_catalog_says_what_the_table_says(name: str) -> None:
     family = family_of(config.model_type)
     assert family is not None
     assert (family.tp, family.vllm, family.vision) == (line.tp, line.vllm, line.vision)
-    assert family.packed == line.packed
+    assert (family.packed, family.vllm_lora) == (line.packed, line.vllm_lora)
     assert family.moe == (name in ("qwen3_moe", "mixtral", "gpt_oss"))
     assert has_vision(config) == line.vision
 
