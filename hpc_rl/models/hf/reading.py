@@ -115,7 +115,7 @@ class Reader:
     def _pieces(self, file: _Block, target: Tensor, at: int) -> None:
         """All of `target` is in one piece of the file."""
         if _is_room(target, file.dtype):
-            self._read(file, target, at)
+            self._read(file, _bytes_of(target), at)
             return
         row = prod(target.shape[1:]) * file.dtype.itemsize
         if row > BUFFER_BYTES and target.dim() > 1:
@@ -126,33 +126,40 @@ class Reader:
         for first in range(0, target.shape[0], step):
             part = target[first : first + step]
             piece = self._staging(part.numel(), file.dtype, target.is_cuda).view(part.shape)
-            self._read(file, piece, at + first * row)
+            self._read(file, _bytes_of(piece), at + first * row)
             part.copy_(piece)
 
     def _columns(self, file: _Block, target: Tensor, offset: tuple[int, ...]) -> None:
         """Each row of `target` is a run within a row of the file."""
         run = prod(target.shape[1:]) * file.dtype.itemsize
-        skip = offset[1] * prod(file.shape[2:]) * file.dtype.itemsize
-        at = file.at + offset[0] * file.pitch
-        in_place = _is_room(target[0], file.dtype)
-        if (in_place and run >= MIN_RUN_BYTES) or run > BUFFER_BYTES or file.pitch > BUFFER_BYTES:
+        rows = file.at + offset[0] * file.pitch
+        own = rows + offset[1] * prod(file.shape[2:]) * file.dtype.itemsize
+        if max(run, file.pitch) > BUFFER_BYTES:
             for row in range(target.shape[0]):
-                self._pieces(file, target[row], at + row * file.pitch + skip)
+                self._pieces(file, target[row], own + row * file.pitch)
             return
         whole = run < MIN_RUN_BYTES
-        step = max(1, BUFFER_BYTES // (file.pitch if whole else run))
+        if not whole and _is_room(target, file.dtype):
+            self._runs(file, target, own)
+            return
+        step = BUFFER_BYTES // (file.pitch if whole else run)
         for first in range(0, target.shape[0], step):
-            part = target[first : first + step]
+            part, skip = target[first : first + step], first * file.pitch
             width = file.shape[1] if whole else part.shape[1]
-            rows = (part.shape[0], width, *part.shape[2:])
-            piece = self._staging(prod(rows), file.dtype, target.is_cuda).view(rows)
+            shape = (part.shape[0], width, *part.shape[2:])
+            piece = self._staging(prod(shape), file.dtype, target.is_cuda).view(shape)
             if whole:
-                self._read(file, piece, at + first * file.pitch)
+                self._read(file, _bytes_of(piece), rows + skip)
                 piece = piece.narrow(1, offset[1], part.shape[1])
             else:
-                for row in range(part.shape[0]):
-                    self._read(file, piece[row], at + (first + row) * file.pitch + skip)
+                self._runs(file, piece, own + skip)
             part.copy_(piece)
+
+    def _runs(self, file: _Block, target: Tensor, at: int) -> None:
+        room, count = _bytes_of(target), target.shape[0]
+        run = len(room) // count
+        for row in range(count):
+            self._read(file, room[row * run : (row + 1) * run], at + row * file.pitch)
 
     def close(self) -> None:
         for handle, _ in self._open.values():
@@ -165,10 +172,7 @@ class Reader:
             self._buffer = torch.empty(max(nbytes, BUFFER_BYTES), dtype=torch.uint8, pin_memory=pinned)
         return self._buffer[:nbytes].view(dtype)
 
-    def _read(self, file: _Block, target: Tensor, at: int) -> None:
-        # Contiguous it is, but dimensions of one place may have any stride, which `view` refuses.
-        flat = target.as_strided((target.numel(),), (1,))
-        room = flat.view(torch.uint8).numpy().data
+    def _read(self, file: _Block, room: memoryview, at: int) -> None:
         self.nbytes += len(room)
         while room:
             count = os.preadv(file.handle, [room], at)
@@ -190,6 +194,13 @@ class Reader:
 def _is_room(target: Tensor, dtype: torch.dtype) -> bool:
     """Whether bytes of a file with `dtype` can be read straight into `target`."""
     return target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    # Dimensions of one place may have any stride, which `view` as bytes refuses.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def _entries(handle: int, path: Path) -> dict[str, _Entry]:
