@@ -67,9 +67,11 @@ def open_sft_data(
 def _share(store: Store | None, ranks: Ranks, *, media: bool) -> Share | None:
     """Where ranks tell each other sizes of rows, if that is worth it.
 
-    Text is encoded twice where it is shared: for its sizes, and to train on it. On two ranks that is no less.
+    Text is encoded twice where it is shared: for its sizes, and where it is trained on. That is less only if
+    the two parts are less than a whole.
     """
-    if store is None or ranks.world_size < (2 if media else 3):
+    worth = media or 1 / ranks.world_size + 1 / ranks.data_parallel < 1
+    if store is None or not worth:
         return None
     return Share(store, ranks.rank, ranks.world_size)
 
