@@ -73,6 +73,7 @@ NO_TORCH_MODULES = [
     "hpc_rl.checkpoint.upload_check",
     "hpc_rl.checkpoint.download",
     "hpc_rl.checkpoint.cleaning",
+    "hpc_rl.checkpoint.checking",
     "hpc_rl.checkpoint.manifest",
     "hpc_rl.checkpoint.writer",
 ]

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cancel": ("cancel", "End a run, at once or after a checkpoint."),
     "export": ("export", "Write a checkpoint as safetensors."),
     "upload": ("upload", "Store checkpoints and exports in S3 or on the Hub."),
+    "verify": ("verify", "Compare checkpoints with what was written."),
     "clean": ("clean", "Remove what a run no longer needs."),
     "convert": ("convert", "Turn a cosmos-rl configuration into a recipe."),
     "site": ("site", "Draft and list site profiles."),
