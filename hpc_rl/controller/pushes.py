@@ -32,7 +32,7 @@ class Pushes:
         self._reported = True
         self.under_way: int | None = None  # the version
         self.newest = -1  # newest version that was sent to anyone (0: what the engines loaded)
-        self.seconds = 0.0  # of the last push, as rank 0 measured it
+        self.seconds, self.nbytes = 0.0, 0  # of the last push, as rank 0 measured it
 
     def behind(self, version: int) -> list[Replica]:
         """Replicas that are loaded and do not have `version`."""
@@ -67,7 +67,7 @@ class Pushes:
 
     def reported(self, message: m.WeightsPushed) -> None:
         """Rank 0 is done. Receivers it could not reach are lost, unless they were meanwhile replaced."""
-        self._reported, self.seconds = True, message.seconds
+        self._reported, self.seconds, self.nbytes = True, message.seconds, message.nbytes
         for index, cause in message.failed.items():
             replica = self._members.replicas[int(index)]
             if replica.receiving:

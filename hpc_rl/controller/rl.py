@@ -293,7 +293,8 @@ class RlController(Controller):
         if warning := self.signal.step(metrics):
             LOG.warning("step %d: %s", message.step, warning)
             self.events.append("no_signal", step=message.step)
-        metrics["time/push_s"] = self.pushes.seconds  # the newest push, overlapped with generation
+        # the newest push, overlapped with generation
+        metrics |= {"time/push_s": self.pushes.seconds, "weights/bytes": float(self.pushes.nbytes)}
         metrics["rollout/tokens_per_s"] = metrics.get("rollout/tokens", 0.0) / max(now - self.stepped, 1e-9)
         self.stepped = now
         self.ledger.append(

@@ -14,6 +14,7 @@ from hpc_rl.catalog.facts import ModelFacts, ModelFilesError, read_json
 from hpc_rl.recipe.schema import Lora, Recipe
 
 VLLM_MAX_RANK = 512
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 
 
@@ -46,7 +47,10 @@ def obstacle(recipe: Recipe, facts: ModelFacts | None) -> str:
         if settings["rank"] > VLLM_MAX_RANK:
             return f"vLLM takes ranks up to {VLLM_MAX_RANK}, this adapter has {settings['rank']}"
     wanted = _DTYPES.get(recipe.model.dtype)
-    other = sorted((facts.dtypes if facts is not None else frozenset()) - {wanted})
+    dtypes = facts.dtypes if facts is not None else frozenset()
+    if packed := sorted(dtypes - _FLOATS):
+        return f"the model's files hold {', '.join(packed)}, which every program unpacks in its own way"
+    other = sorted(dtypes - {wanted})
     if wanted is not None and other:
         return (
             f"the model's files hold {', '.join(other)}, which an engine in {recipe.model.dtype} rounds "

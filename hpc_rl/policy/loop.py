@@ -55,6 +55,8 @@ class PolicyLoop:
         step = self.trainer.load()
         role.step = step
         role.log.info("loaded in %.1f s at step %d: %s", time.monotonic() - began, step, self.trainer.info())
+        for note in role.plan.notes if self.rank == 0 else ():
+            role.log.info("%s", note)
         role.send(m.PolicyReady(self.rank, step, self.trainer.info()))
         role.phase("idle")
         while True:

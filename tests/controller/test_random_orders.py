@@ -36,6 +36,7 @@ def test_every_order_ends_with_every_prompt_trained_once(
         rows = [json.loads(line) for line in controller.run_dir.metrics.read_text().splitlines()]
         assert [row["step"] for row in rows if row["step"]] == list(range(1, STEPS + 1))
         assert "eval/accuracy" in rows[-1], "the last version is always evaluated"
+        assert rows[-1]["weights/bytes"] == 1.0, "of the newest push"
 
 
 @pytest.mark.parametrize("deaths", [0, 2])
