@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_rl.bus import messages as m
-from hpc_rl.models.hf.staging import staged_folder
 from hpc_rl.recipe.schema import DatasetSpec
 from hpc_rl.rewards.pool import Scored, ScorerPool
 from hpc_rl.roles import RoleProcess
@@ -86,6 +85,8 @@ class Worker:
             PromptCodec.load, tokenizer, model.revision, model.trust_remote_code
         )
         if model.stage is not None:
+            from hpc_rl.models.hf.staging import staged_folder  # it imports torch, which takes seconds
+
             folder = await asyncio.to_thread(staged_folder, model)
             self._settings = replace(self._settings, model=str(folder))
         self._engine = make_engine(self.rollout.engine, self._settings)
