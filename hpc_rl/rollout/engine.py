@@ -36,11 +36,20 @@ class TransferSettings:
 
 
 @dataclass(frozen=True)
+class AdapterShape:
+    """What is known of an adapter before it arrives: the largest rank of its layers, and the last parts of
+    their names (empty: any linear layer but the head)."""
+
+    rank: int
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineSettings:
     """Everything an engine is made from. `options` is the engine's own pydantic config.
 
-    With `adapter_rank` (the largest of the adapter's layers) pushes hold a LoRA adapter alone, which belongs
-    to the weights of `model`; without it, whole weights.
+    With `adapter` pushes hold a LoRA adapter alone, which belongs to the weights of `model`; without it,
+    whole weights.
     """
 
     model: str
@@ -56,7 +65,7 @@ class EngineSettings:
     stop: tuple[str, ...] = ()
     seed: int = 0
     transfer: TransferSettings | None = None
-    adapter_rank: int | None = None
+    adapter: AdapterShape | None = None
 
 
 @dataclass

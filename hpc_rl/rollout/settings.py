@@ -10,7 +10,7 @@ from hpc_rl.recipe.extensions import registry
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.rewards.base import reward_specs
 from hpc_rl.rewards.pool import ScorerPool
-from hpc_rl.rollout.engine import EngineSettings, TransferSettings
+from hpc_rl.rollout.engine import AdapterShape, EngineSettings, TransferSettings
 from hpc_rl.weights.transports import transport_name
 
 MAX_SCORERS = 4
@@ -20,9 +20,8 @@ def engine_settings(
     recipe: Recipe, plan: Plan, *, bus_file: Path, attempt: int, replica: int, incarnation: int
 ) -> EngineSettings:
     """Raises RecipeError for bad engine options."""
-    rollout, lora = recipe.rollout, recipe.model.lora
+    rollout = recipe.rollout
     assert rollout is not None, "the plan has a rollout group only if the recipe has a rollout section"
-    adapter = lora is not None and rollout.weights.lora == "adapter"
     return EngineSettings(
         model=recipe.model.path,
         options=registry("engines").config(rollout.engine, dict(rollout.engine_options)),
@@ -43,8 +42,19 @@ def engine_settings(
             incarnation=incarnation,
             transport=transport_name(recipe, plan),
         ),
-        adapter_rank=adapter_settings(lora)["rank"] if adapter and lora is not None else None,
+        adapter=adapter_shape(recipe),
     )
+
+
+def adapter_shape(recipe: Recipe) -> AdapterShape | None:
+    """Of the adapter that pushes hold alone; None where they hold whole weights."""
+    rollout, lora = recipe.rollout, recipe.model.lora
+    if rollout is None or lora is None or rollout.weights.lora != "adapter":
+        return None
+    settings = adapter_settings(lora)
+    targets = settings.get("target_modules")
+    names = targets if isinstance(targets, list) else []  # "all-linear", or a pattern
+    return AdapterShape(settings["rank"], tuple(sorted({name.rpartition(".")[2] for name in names})))
 
 
 def scorer_pool(recipe: Recipe, plan: Plan, code: Path) -> ScorerPool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,9 +19,18 @@ from hpc_rl.models.hf.adapted import AdaptedModel
 from hpc_rl.models.hf.model import build
 from hpc_rl.policy.adapter_source import AdapterSource
 from hpc_rl.recipe.extensions import registry
-from hpc_rl.recipe.schema import Lora, Model
-from hpc_rl.rollout.engine import EngineError, EngineSettings, Sample, TransferSettings, make_engine
+from hpc_rl.recipe.schema import Lora, Model, Recipe
+from hpc_rl.rollout.engine import (
+    AdapterShape,
+    EngineError,
+    EngineSettings,
+    Sample,
+    TransferSettings,
+    make_engine,
+)
 from hpc_rl.rollout.engines.hf import HfEngine
+from hpc_rl.rollout.engines.vllm import adapter_arguments
+from hpc_rl.rollout.settings import adapter_shape
 from hpc_rl.types import Sampling
 from hpc_rl.weights.adapter import AdapterMeta, factor_names, meta_entry
 from hpc_rl.weights.protocol import PushResult, WeightSource, WeightTransferError
@@ -115,7 +125,7 @@ def harness(
         dtype="float32",
         max_model_len=300,
         transfer=TransferSettings(bus_file, attempt, 0, 0),
-        adapter_rank=8,
+        adapter=AdapterShape(rank=8),
     )
     with asyncio.Runner() as runner:
         engine = make_engine(request.param, settings)
@@ -160,19 +170,15 @@ def test_the_next_version_replaces_it_and_no_cache_is_stale(harness: AdapterHarn
     assert harness.pushes[2].nbytes <= result.nbytes < 1.1 * harness.pushes[2].nbytes
     whole = sum(tensor.nbytes for tensor in FileSource(harness.folders[2]).tensors.values())
     assert result.nbytes < whole / 4
-
-
-def test_the_hf_engine_has_the_bits_of_a_merged_push(harness: AdapterHarness) -> None:
-    if not isinstance(harness.engine, HfEngine):
-        pytest.skip("vLLM keeps the factors beside the weights")
-    held = harness.engine._model.state_dict()
-    for name, tensor in FileSource(harness.folders[2]).tensors.items():
-        assert torch.equal(held[name], tensor), name
+    if isinstance(harness.engine, HfEngine):  # vLLM keeps the factors beside the weights
+        held = harness.engine._model.state_dict()
+        for name, tensor in FileSource(harness.folders[2]).tensors.items():
+            assert torch.equal(held[name], tensor), f"{name} has not the bits of a merged push"
 
 
 def test_a_layer_that_the_engine_lacks_is_refused(harness: AdapterHarness) -> None:
     """vLLM itself would leave it out without a word."""
-    source = AdapterMetaSource(harness.pushes[2])
+    source = OneLayerMore(harness.pushes[2])
 
     async def refused() -> list[PushResult]:
         await harness.engine.pause()
@@ -194,12 +200,27 @@ def test_a_layer_that_the_engine_lacks_is_refused(harness: AdapterHarness) -> No
             harness.run(harness.engine.resume())
 
 
-class AdapterMetaSource:
+def test_vllm_makes_room_in_the_adapted_layers_only(tmp_path: Path) -> None:
+    recipe = {
+        "name": "n",
+        "kind": "rl",
+        "model": {"path": "m", "lora": {"r": 4, "target_modules": ["self_attn.q_proj", "up_proj"]}},
+        "data": {"train": {"path": "d"}},
+        "rollout": {"weights": {"lora": "adapter"}},
+    }
+    assert adapter_shape(Recipe.model_validate(recipe)) == AdapterShape(4, ("q_proj", "up_proj"))
+    recipe["rollout"]["weights"]["lora"] = "merged"  # type: ignore[index]
+    assert adapter_shape(Recipe.model_validate(recipe)) is None
+    settings = EngineSettings(str(save_checkpoint(tmp_path, seed=0)), None)
+    arguments = adapter_arguments(settings, AdapterShape(9))
+    linear = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert (arguments["lora_target_modules"], arguments["max_lora_rank"]) == (linear, 16)
+
+
+class OneLayerMore:
     """A push with one more layer than the model has."""
 
     def __init__(self, push: Kept) -> None:
-        import msgspec
-
         tensors = dict(entry for bucket in push.content for entry in bucket)
         meta = msgspec.json.decode(tensors.pop("adapter.json").numpy().tobytes(), type=AdapterMeta)
         layer = "model.layers.7.mlp.up_proj"

@@ -98,7 +98,7 @@ class HfEngine:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         common = {"revision": self.settings.revision, "trust_remote_code": self.settings.trust_remote_code}
         folder = model_folder(self.settings.model, self.settings.revision)
-        if self.settings.adapter_rank is not None:
+        if self.settings.adapter is not None:
             self._base = fingerprint(folder).hex()
         # The class that is trained, or the names of its weights would not fit.
         cls, config, _ = find_class(folder, Model(path=str(folder), **common))
@@ -253,7 +253,7 @@ class HfEngine:
                 tensors.update(bucket)
             seconds["receive"] = time.monotonic() - began
             began = time.monotonic()
-            if self.settings.adapter_rank is not None:
+            if self.settings.adapter is not None:
                 self._apply_adapter(read_adapter(tensors, self._base), version)
             else:
                 self._apply(tensors, version)
@@ -268,7 +268,7 @@ class HfEngine:
         return WeightReport(version, receiver.tensors, receiver.nbytes, seconds)
 
     def _receiver(self, channel: Channel) -> Receiver:
-        if self.settings.adapter_rank is not None:  # it says itself what it must hold
+        if self.settings.adapter is not None:  # it says itself what it must hold
             return Receiver(channel)
         folder = local_folder(self.settings.model, self.settings.revision)
         return Receiver(channel, checkpoint_names(folder), tied_names(folder))

@@ -3,7 +3,7 @@
 Requests under way are frozen at a token boundary (`pause(mode="keep")`), their KV cache is dropped and
 recomputed with the new weights after the update, and vLLM itself records which tokens each weight
 version made. An update that fails leaves a mixture in the workers, so the engine then refuses to resume.
-With `adapter_rank` all requests name one adapter, which an update replaces; the weights stay as loaded.
+With `adapter` all requests name one adapter, which an update replaces; the weights stay as loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
+from hpc_rl.catalog.facts import tensor_shapes
 from hpc_rl.rollout.engine import (
+    AdapterShape,
     EngineError,
     EngineSettings,
     PromptError,
@@ -29,6 +31,7 @@ from hpc_rl.rollout.engine import (
 )
 from hpc_rl.rollout.engines.config import VllmOptions
 from hpc_rl.types import Sampling, VersionSpan
+from hpc_rl.weights.names import local_folder
 from hpc_rl.weights.protocol import WeightTransferError
 from hpc_rl.weights.sender import group_prefix
 from hpc_rl.weights.store import RedisStore
@@ -41,6 +44,7 @@ log = logging.getLogger(__name__)
 
 # An update that vLLM itself does not end by its deadline gets this much longer before we give up on it.
 GRACE_S = 10.0
+NOT_LINEAR = {"embed_tokens", "lm_head"}
 
 
 def set_environment(options: VllmOptions) -> None:
@@ -91,13 +95,29 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.transfer is not None:
         backend = load_transport(settings.transfer.transport).vllm_backend
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=backend)
-    if settings.adapter_rank is not None:
-        from hpc_rl.weights.vllm_adapter import EXTENSION, max_lora_rank
-
-        rank = max_lora_rank(settings.adapter_rank)
-        arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
-        arguments["worker_extension_cls"] = EXTENSION
+    if settings.adapter is not None:
+        arguments |= adapter_arguments(settings, settings.adapter)
     return {**arguments, **options.extra}
+
+
+def adapter_arguments(settings: EngineSettings, adapter: AdapterShape) -> dict[str, Any]:
+    """Room for one adapter, in no more layers than may have it: by itself vLLM makes some in the head too,
+    which costs a product with the whole vocabulary at every token."""
+    from hpc_rl.weights.vllm_adapter import EXTENSION, max_lora_rank
+
+    layers = set(adapter.layers)
+    if not layers:
+        shapes = tensor_shapes(local_folder(settings.model, settings.revision)) or {}
+        names = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+        layers = {name.split(".")[-2] for name in names} - NOT_LINEAR
+    return {
+        "enable_lora": True,
+        "max_lora_rank": max_lora_rank(adapter.rank),
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        "lora_target_modules": sorted(layers) or None,
+        "worker_extension_cls": EXTENSION,
+    }
 
 
 def base_fingerprint(settings: EngineSettings) -> str:
@@ -151,14 +171,14 @@ class VllmEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if self.settings.adapter_rank is not None:
+        if self.settings.adapter is not None:
             self._base = await asyncio.to_thread(base_fingerprint, self.settings)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self.settings)))
         config = self._llm.vllm_config.model_config
         self.vocab_size = config.get_vocab_size()
         self.max_model_len = config.max_model_len
         await self._llm.update_weight_version("0")
-        if self.settings.adapter_rank is not None:
+        if self.settings.adapter is not None:
             from hpc_rl.weights.vllm_adapter import REQUEST
 
             await self._llm.collective_rpc("add_blank_adapter")
@@ -235,7 +255,7 @@ class VllmEngine:
             seconds["join"] = time.monotonic() - began
         began = time.monotonic()
         update = {"version": version, "timeout_s": deadline - began}
-        adapter = self.settings.adapter_rank is not None
+        adapter = self.settings.adapter is not None
         report = await (self._take_adapter(update) if adapter else self._take_weights(update))
         seconds["receive"] = time.monotonic() - began
         began = time.monotonic()
