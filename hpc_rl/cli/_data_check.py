@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,15 +49,49 @@ def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, light
         with _as_in_the_job(site):
             rows = load_rows(spec)
             _check_rows(loaded, site, spec, rows, sft=sft, light=light)
+            trained = len(rows)
             if which == "train" and sft and loaded.recipe.data.holdout and loaded.recipe.data.eval is None:
-                rows.split(loaded.recipe.data.holdout, loaded.recipe.seed)
+                trained = len(rows.split(loaded.recipe.data.holdout, loaded.recipe.seed)[0])
     except DataError as error:
         return [Finding("error", where, str(error))]
-    found = [Finding("ok", where, f"{len(rows)} rows of {rows.name}")]
+    total = steps_of(loaded.recipe, trained) if which == "train" else None
+    steps = f": {loaded.recipe.policy.epochs} epochs of {trained} are {total} steps" if total else ""
+    found = [Finding("ok", where, f"{len(rows)} rows of {rows.name}{steps}")]
+    found += _beyond_the_end(loaded, total) if total else []
     if which == "train" and len(rows) < (wanted := rows_per_step(loaded.recipe)):
         message = f"{len(rows)} rows, and one step takes {wanted}: a step has the same rows more than once"
         fix = "raise data.train.limit" if spec.limit is not None else "give more rows"
         found.append(Finding("warning", where, message, f"{fix}, or lower policy.batch_size"))
+    return found
+
+
+def steps_of(recipe: Recipe, rows: int) -> int | None:
+    """How many steps the epochs of an SFT recipe are; None where steps are given, or tokens make them."""
+    policy = recipe.policy
+    if recipe.kind != "sft" or policy.epochs is None or policy.batch_tokens is not None:
+        return None
+    return math.ceil(policy.epochs * rows / policy.batch_size)
+
+
+def _beyond_the_end(loaded: LoadedRecipe, total: int) -> list[Finding]:
+    """What the recipe counts in steps and begins, or ends, after the last one. With `policy.steps` these are
+    the recipe's own mistakes; with epochs the rows must be known."""
+    policy = loaded.recipe.policy
+    optimizer, profile = policy.optimizer, policy.profile
+    last = f"the run has {total} steps ({policy.epochs} epochs)"
+    found = []
+    if optimizer.warmup_ratio is None and optimizer.warmup_steps >= total:
+        where = place(loaded, "policy", "optimizer", "warmup_steps")
+        message = f"is {optimizer.warmup_steps}, and {last}: the rate never gets to lr"
+        found.append(Finding("warning", where, message, "give fewer, or warmup_ratio"))
+    elif optimizer.decay_steps is not None and optimizer.warmup_steps + optimizer.decay_steps > total:
+        where = place(loaded, "policy", "optimizer", "decay_steps")
+        message = f"is {optimizer.decay_steps} after {optimizer.warmup_steps} of warm-up, and {last}"
+        found.append(Finding("warning", where, message, "give fewer"))
+    if profile is not None and profile.start > total:
+        where = place(loaded, "policy", "profile", "start")
+        message = f"is {profile.start}, and {last}: nothing will be profiled"
+        found.append(Finding("warning", where, message, "begin earlier"))
     return found
 
 

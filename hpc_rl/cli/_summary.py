@@ -6,6 +6,12 @@ from hpc_rl.cli._console import table
 from hpc_rl.plan.schema import Plan
 
 
+def millions(count: float) -> str:
+    """`0.15 M`, `7.6 M`, `7,616 M`."""
+    value = count / 1e6
+    return f"{value:,.{2 if value < 1 else 1 if value < 100 else 0}f} M"
+
+
 def plan_summary(plan: Plan) -> str:
     """Groups, steps, time, memory and warnings."""
     header = ["role", "component", "nodes", "tasks", "gpus/task", "cpus/task", "partition", "mem"]
@@ -32,15 +38,13 @@ def plan_summary(plan: Plan) -> str:
         room = " of the node" if memory.on_host else room
         average = f", average {memory.ema_gb:.1f}" if memory.ema_gb else ""
         some = (
-            f", {memory.trained / 1e6:,.1f} M trained"
-            if memory.trained not in (None, memory.parameters)
-            else ""
+            f", {millions(memory.trained)} trained" if memory.trained not in (None, memory.parameters) else ""
         )
         parts = f"weights {memory.weights_gb:.1f}, gradients {memory.gradients_gb:.1f}, "
         parts += f"optimizer {memory.optimizer_gb:.1f}{average}"
         lines.append(
             f"policy memory per rank: {memory.total_gb:.1f} GiB{room} ({parts}), before activations; "
-            f"{memory.parameters / 1e6:,.0f} M parameters{some}"
+            f"{millions(memory.parameters)} parameters{some}"
         )
     lines += plan.notes
     lines += [f"warning: {warning}" for warning in plan.warnings]

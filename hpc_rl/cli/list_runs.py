@@ -23,6 +23,7 @@ def list_runs(
     from hpc_rl.cli._console import ago, note, print_json, table
     from hpc_rl.cli._jobs import ask_jobs
     from hpc_rl.cli._state import run_status
+    from hpc_rl.cli.errors import UserError
     from hpc_rl.run.attempts import latest_job
     from hpc_rl.run.index import known_runs
     from hpc_rl.run.paths import RunError
@@ -47,6 +48,9 @@ def list_runs(
         print_json([answer.as_json() for answer in found])
         return
     if not found:
+        known = sorted({run.name for run in known_runs(["runs", *root])}) if name is not None else []
+        if known:
+            raise UserError(f"no run is named {name!r}; known names: {', '.join(known)}")
         note("no runs yet; start one with: hpc-rl submit RECIPE")
         return
     rows = [

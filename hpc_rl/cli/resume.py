@@ -53,7 +53,7 @@ def resume(
     if here:
         changed.append(f"cluster.placement={allocation_placement()}")
     prepared, differences = prepare_resume(found, changed, here=here)
-    refuse_finished(found, status, prepared)
+    refuse_finished(found, status, prepared, differences)
     if here:
         check_allocation(prepared)
     use_stored_secrets(found, prepared.recipe.cluster.secrets)
@@ -134,13 +134,23 @@ def prepare_resume(
     return prepared, differences
 
 
-def refuse_finished(run: RunDir, status: RunStatus, prepared: Prepared) -> None:
-    """A completed run goes on only if it is given more steps."""
-    total = prepared.recipe.policy.steps or status.total_steps
-    if status.state == "COMPLETED" and total is not None and (status.step or 0) >= total:
+def refuse_finished(
+    run: RunDir, status: RunStatus, prepared: Prepared, differences: dict[str, tuple[Any, Any]]
+) -> None:
+    """A completed run goes on only if it is given more steps, or epochs."""
+    if status.state != "COMPLETED":
+        return
+    steps, epochs = prepared.recipe.policy.steps, prepared.recipe.policy.epochs
+    before, now = differences.get("policy.epochs", (None, None))
+    if now is not None and (before is None or now > before):
+        return  # how many steps these are is known when the rows are counted
+    total = steps or status.total_steps
+    if total is not None and (status.step or 0) >= total:
+        more = (
+            f"policy.steps={2 * total}" if epochs is None else f"policy.epochs={2 * max(before or 0, epochs)}"
+        )
         raise UserError(
-            f"{run.root} has completed its {total} steps; give it more: "
-            f"hpc-rl resume {run.root} policy.steps={2 * total}"
+            f"{run.root} has completed its {status.step} steps; give it more: hpc-rl resume {run.root} {more}"
         )
 
 

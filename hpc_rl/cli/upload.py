@@ -111,10 +111,11 @@ def _upload(run: RunDir, targets: Targets, items: list[str]) -> bool:
 
 def _tell(run: RunDir, targets: Targets, items: list[str], dry_run: bool) -> None:
     from hpc_rl.checkpoint.upload_items import run_location
+    from hpc_rl.cli._console import size
 
     for item in items:
         nbytes = sum(path.stat().st_size for path in Path(run.root, item).rglob("*") if path.is_file())
         where = [f"{run_location(targets.s3, run)}/{item}"] if targets.s3 is not None else []
         where += [f"Hub {targets.hub}"] if targets.hub is not None and item.endswith("/final") else []
         for place in where:
-            print(f"{'would upload' if dry_run else 'uploaded'} {item} ({nbytes / 1e9:.2f} GB) to {place}")
+            print(f"{'would upload' if dry_run else 'uploaded'} {item} ({size(nbytes)}) to {place}")

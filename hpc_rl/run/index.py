@@ -57,6 +57,20 @@ def _has_job(run: RunDir, job_id: str) -> bool:
         return False
 
 
+def _no_run(path: Path) -> str:
+    """Why a path that exists is no run, with the run that was probably meant."""
+    if not path.is_dir():
+        return f"{path} is a file, no run directory"
+    for parent in path.absolute().parents:
+        if (parent / "resolved.yaml").exists():
+            return f"{path} lies inside the run {parent}"
+    below = known = sorted(path.glob("*/resolved.yaml")) or sorted(path.glob("*/*/resolved.yaml"))
+    if below:
+        newest = max(known, key=lambda found: found.stat().st_ctime).parent
+        return f"{path} is no run directory, but holds {len(below)}; the newest: {newest}"
+    return f"{path} is a folder, but no run directory (it has no resolved.yaml)"
+
+
 def find_run(token: str | Path, roots: Iterable[Path | str] = ("runs",)) -> RunDir:
     """The run named by a directory, a job id, a run id or a recipe name (its latest run).
 
@@ -71,4 +85,6 @@ def find_run(token: str | Path, roots: Iterable[Path | str] = ("runs",)) -> RunD
         if text in (run.name, run.run_id) or _has_job(run, text.partition("+")[0]):
             return run
     names = ", ".join(sorted({run.name for run in runs})) or "none"
+    if path.exists():
+        raise RunError(f"{_no_run(path)}; a name or a job id does as well: known names: {names}")
     raise RunError(f"no run is named {text!r} (a run directory, a name or a job id); known names: {names}")

@@ -270,3 +270,48 @@ def test_here_the_allocation_decides_the_partitions(tmp_path: Path, command: str
     assert "sinfo" not in done.stderr
     assert done.returncode == (0 if command == "dry run" else 2), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_path_that_is_no_run_says_what_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny" / "one"
+    (run / "logs").mkdir(parents=True)
+    (run / "resolved.yaml").write_text("name: tiny\n")
+    (tmp_path / "empty").mkdir()
+    for given, said in (
+        ("runs/tiny", "is no run directory, but holds 1; the newest: runs/tiny/one"),
+        ("runs", "is no run directory, but holds 1; the newest: runs/tiny/one"),
+        ("empty", "is a folder, but no run directory (it has no resolved.yaml)"),
+        (run / "logs", f"lies inside the run {run}"),
+        (run / "resolved.yaml", "is a file, no run directory"),
+    ):
+        done = hpc_rl_forked("clean", given, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {given} {said}"), done.stderr
+        assert "known names: tiny" in done.stderr
+
+
+def test_list_of_a_name_that_nobody_has(tmp_path: Path) -> None:
+    assert "no runs yet" in hpc_rl_forked("list", "tinny", cwd=tmp_path).stderr
+    run = tmp_path / "runs" / "tiny" / "one"
+    run.mkdir(parents=True)
+    (run / "resolved.yaml").write_text("name: tiny\n")
+    done = hpc_rl_forked("list", "tinny", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: no run is named 'tinny'; known names: tiny\n")
+
+
+def test_what_begins_after_the_last_step_of_the_epochs(tmp_path: Path) -> None:
+    """8 rows, 4 in a step: an epoch has two steps."""
+    recipe = make_recipe(tmp_path)
+
+    def warnings(*overrides: str) -> list[str]:
+        done = hpc_rl_forked("check", recipe, "policy.epochs=3", *overrides, "--json", cwd=tmp_path)
+        found = json.loads(done.stdout)["findings"]
+        assert any("3 epochs of 8 are 6 steps" in finding["message"] for finding in found)
+        return [finding["message"] for finding in found if finding["level"] == "warning"]
+
+    wsd = ("policy.optimizer.schedule=wsd", "policy.optimizer.warmup_steps=2")
+    assert not warnings("policy.optimizer.warmup_steps=5", "policy.profile.start=6")
+    assert not warnings(*wsd, "policy.optimizer.decay_steps=4")
+    assert "the rate never gets to lr" in warnings("policy.optimizer.warmup_steps=6")[0]
+    assert "is 5 after 2 of warm-up" in warnings(*wsd, "policy.optimizer.decay_steps=5")[0]
+    assert "nothing will be profiled" in warnings("policy.profile.start=7")[0]

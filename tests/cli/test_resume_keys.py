@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from hpc_rl.cli._prepare import create_run, prepare
 from hpc_rl.cli._resume_keys import MAY_CHANGE, changes, flatten, may_change, refusals
+from hpc_rl.cli._state import RunStatus
+from hpc_rl.cli.errors import UserError
+from hpc_rl.cli.resume import prepare_resume, refuse_finished
 from hpc_rl.recipe.schema import Recipe
+from tests.cli.helpers import make_recipe
 
 
 @pytest.mark.parametrize(
@@ -89,3 +95,32 @@ def test_the_documented_table_is_the_one_in_the_code() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     for key, why in MAY_CHANGE.items():
         assert f"| `{key}` | {why} |" in page, f"docs/cli.md lacks: | `{key}` | {why} |"
+
+
+@pytest.mark.parametrize(
+    ("before", "overrides", "said"),
+    [
+        ("policy.epochs=2", [], "policy.epochs=4"),
+        ("policy.epochs=2", ["policy.epochs=2"], "policy.epochs=4"),
+        ("policy.epochs=2", ["policy.epochs=1"], "policy.epochs=4"),
+        ("policy.epochs=2", ["policy.epochs=3"], None),
+        ("policy.epochs=2", ["policy.steps=5"], None),
+        ("policy.epochs=2", ["policy.steps=4"], "policy.steps=8"),
+        ("policy.steps=4", [], "policy.steps=8"),
+        ("policy.steps=4", ["policy.steps=5"], None),
+        ("policy.steps=4", ["policy.epochs=3"], None),
+    ],
+)
+def test_a_completed_run_goes_on_where_it_is_given_more(
+    tmp_path: Path, before: str, overrides: list[str], said: str | None
+) -> None:
+    """4 steps are done, by steps or by epochs; more of either is enough, and less is not."""
+    first = prepare(make_recipe(tmp_path), [before])
+    run, _ = create_run(first)
+    status = RunStatus("tiny", str(run.root), None, "COMPLETED", 4, 4, 1, None)
+    prepared, differences = prepare_resume(run, overrides)
+    if said is None:
+        refuse_finished(run, status, prepared, differences)
+        return
+    with pytest.raises(UserError, match=f"has completed its 4 steps.* {re.escape(said)}$"):
+        refuse_finished(run, status, prepared, differences)

@@ -152,4 +152,4 @@ def test_the_summary_says_where_the_state_lies(big: Callable[..., Plan]) -> None
 
     assert "80.0 GiB of 80 GiB (weights 20.0, gradients 20.0, optimizer 40.0), before" in plan_summary(big())
     assert "100.0 GiB of the node (" in plan_summary(big("policy.ema={}", "policy.cpu_offload=true"))
-    assert "M parameters, 2,684.4 M trained" in plan_summary(big("model.freeze=['^a']"))
+    assert "M parameters, 2,684 M trained" in plan_summary(big("model.freeze=['^a']"))
