@@ -6,6 +6,7 @@ before anything is queued. Nothing is downloaded: `hpc-rl fetch` fills the cache
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -65,7 +66,7 @@ class Rows:
         """
         count = round(held_out * len(self)) if held_out < 1 else int(held_out)
         if not 0 < count < len(self):
-            raise DataError(f"data.holdout {held_out} takes {count} of the {len(self)} rows of {self.name}")
+            raise DataError(f"data.holdout {held_out:g} takes {count} of the {len(self)} rows of {self.name}")
         words = np.random.Philox(key=[seed, _HOLDOUT_KEY]).random_raw(len(self))
         order = np.argsort(words, kind="stable")
         parts = [np.sort(order[count:]), np.sort(order[:count])]
@@ -128,8 +129,13 @@ class _JsonLines:
         where = f"{self._paths[number]}:{line_number}"
         try:
             row = json.loads(raw)
-        except ValueError as error:
-            raise DataError(f"{where}: not a JSON object: {error}") from error
+        except json.JSONDecodeError as error:  # its own line number would be that within this line
+            raise DataError(
+                f"{where}: not a JSON object: {error.msg} at character {error.pos + 1}"
+            ) from error
+        except UnicodeDecodeError as error:
+            bad = f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line"
+            raise DataError(f"{where}: not UTF-8: {bad} ({error.reason}); save the file as UTF-8") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
         return row
@@ -212,6 +218,14 @@ def load_rows(spec: DatasetSpec, base: Path | None = None) -> Rows:
     return Rows(store, length, digest)
 
 
+def _near(missing: Path, base: Path | None) -> str:
+    """The file of the same folder whose name is nearest to the one that is missing."""
+    folder = (base / missing if base is not None else missing).parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(missing.name, names, n=1)
+    return f". Did you mean {str(missing.with_name(close[0]))!r}?" if close else ""
+
+
 def find_path(path: str, base: Path | None) -> Path | None:
     """`path` on this machine (under `base`, or as it is), or None if it can only be a Hub name."""
     given = Path(path).expanduser()
@@ -222,7 +236,7 @@ def find_path(path: str, base: Path | None) -> Path | None:
     if looks_local or path.count("/") > 1:
         places = [] if given.is_absolute() else [str(p) for p in (base, Path.cwd()) if p is not None]
         looked = f" (looked in {' and '.join(places)})" if places else ""
-        raise DataError(f"data path {path} does not exist{looked}")
+        raise DataError(f"data path {path} does not exist{looked}{_near(given, base)}")
     return None
 
 

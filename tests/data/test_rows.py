@@ -130,3 +130,23 @@ def test_a_file_that_may_not_be_read_is_named(files: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Path, "open", closed)  # permission bits would not stop root
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
         load_rows(DatasetSpec(path=str(files / "rows.jsonl"), **SPEC))
+
+
+def test_a_line_that_is_no_json_or_no_utf8_is_named_by_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text"\n{"text": "\xff"}\n')
+    rows = load_rows(DatasetSpec(path=str(path)))
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:2: not a JSON object: Expecting ':' delimiter at character \d+$"
+    ):
+        rows[1]
+    with pytest.raises(DataError, match=r"rows.jsonl:3: not UTF-8: byte 0xff at position 11 of the line"):
+        rows[2]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"Did you mean '.*/chats.jsonl'\?"):
+        load_rows(DatasetSpec(path=f"{tmp_path}/chat.jsonl"))
+    with pytest.raises(DataError, match=r"does not exist$"):
+        load_rows(DatasetSpec(path=f"{tmp_path}/other.parquet"))
