@@ -74,12 +74,18 @@ def read_facts(folder: Path) -> ModelFacts:
         hidden_size=hidden,
         layers=layers,
         vocab_size=vocab,
-        max_position=number("max_position_embeddings", "n_positions"),
+        max_position=max_position(config),
         parameters=counted,
         parameters_from=origin if counted is not None else "unknown",
         shapes=shapes,
         dtypes=frozenset(entry["dtype"] for entry in (tensors or {}).values() if len(entry["shape"]) > 1),
     )
+
+
+def max_position(config: dict[str, Any]) -> int | None:
+    """How many positions the model has by its config.json; None where that names no number."""
+    text = config.get("text_config")
+    return _first(text if isinstance(text, dict) else config, ("max_position_embeddings", "n_positions"))
 
 
 def config_mistakes(config: dict[str, Any]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hpc_rl.catalog.facts import max_position
 from hpc_rl.data.media import MediaFiles
 from hpc_rl.data.multimodal import Multimodal
 from hpc_rl.data.rows import Rows, find_path, load_rows
 from hpc_rl.models.base import ModelError
-from hpc_rl.models.hf.folder import load_processor, load_tokenizer
+from hpc_rl.models.hf.folder import load_processor, load_tokenizer, model_folder, read_config
 from hpc_rl.policy.sft_data import SftData
 from hpc_rl.policy.sft_rows import Agree, RowSource, row_source
 from hpc_rl.policy.sft_sizes import Share, Store
@@ -58,7 +61,7 @@ def open_sft_data(
         held_out=held_out,
         rank=ranks.rank // ranks.tp,
         workers=recipe.data.workers,
-        blank=blank_sample(processor, train.spec) if needs_picture else None,
+        blank=blank_samples(processor, train.spec) if needs_picture else None,
         agree=agree_over(ranks),
         share=_share(store, ranks, media=processor is not None),
     )
@@ -97,7 +100,7 @@ def open_sources(
     recipe: Recipe, run_dir: RunDir, tokenizer: Any, processor: Any = None
 ) -> tuple[RowSource, RowSource | None]:
     """`(training rows, validation rows)` of a recipe; archives of media are unpacked. Raises DataError."""
-    data, limit, today = recipe.data, recipe.policy.max_length, run_date(run_dir)
+    data, limit, today = recipe.data, length_limit(recipe), run_date(run_dir)
 
     def source(rows: Rows, spec: DatasetSpec) -> RowSource:
         files = None
@@ -115,10 +118,24 @@ def open_sources(
     return source(train, data.train), held
 
 
-def blank_sample(processor: Any, spec: DatasetSpec) -> TrainSample:
-    """A sample with a blank picture, of which nothing is learned."""
-    one = Multimodal(processor, MediaFiles(spec, None)).blank()
-    return TrainSample(-1, -1, one.token_ids, one.loss_mask, [], [], media=one.media)
+def length_limit(recipe: Recipe) -> int | None:
+    """`policy.max_length`, else the model's positions: beyond them a model has learned nothing, and one row
+    without end would hold or kill the run. None where the model's config names none."""
+    if recipe.policy.max_length is not None:
+        return recipe.policy.max_length
+    return max_position(read_config(model_folder(recipe.model.path, recipe.model.revision)))
+
+
+def blank_samples(processor: Any, spec: DatasetSpec) -> Callable[[int], TrainSample]:
+    """Samples with a blank picture or clip, of which nothing is learned."""
+    media = Multimodal(processor, MediaFiles(spec, None))
+
+    @functools.cache
+    def blank(kind: int) -> TrainSample:
+        one = media.blank(kind)
+        return TrainSample(-1, -1, one.token_ids, one.loss_mask, [], [], media=one.media)
+
+    return blank
 
 
 def data_folder(spec: DatasetSpec, base: Path) -> Path | None:

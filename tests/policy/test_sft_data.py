@@ -15,8 +15,10 @@ from hpc_rl.data.errors import DataError
 from hpc_rl.data.rows import load_rows
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.sft_data import SftData
+from hpc_rl.policy.sft_open import length_limit, open_sources
 from hpc_rl.policy.sft_rows import RowSource, row_source
 from hpc_rl.recipe.schema import DatasetSpec, Policy
+from hpc_rl.run.paths import RunDir
 from hpc_rl.types import TrainSample
 from tests.data.chat_templates import ALL, make_tokenizer
 from tests.policy.sft_runs import equal, fresh, parameters, save, start, train
@@ -312,3 +314,28 @@ def test_a_run_of_token_batches_resumes_bit_equal_from_its_checkpoint(
     with pytest.raises(DataError, match="the checkpoint was trained on other rows"):
         third.load()
     third.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "limit"),
+    [
+        ({"max_position_embeddings": 24}, {}, 24),
+        ({"max_position_embeddings": 24}, {"max_length": 16}, 16),
+        ({"max_position_embeddings": 9, "text_config": {"max_position_embeddings": 24}}, {}, 24),
+        ({}, {}, None),
+    ],
+)
+def test_without_max_length_a_row_ends_with_the_models_positions(
+    tmp_path: Path, config: dict[str, Any], options: dict[str, Any], limit: int | None
+) -> None:
+    """A row without end would hold the run for hours, or kill it."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    recipe = make_recipe(tmp_path, tmp_path / "model", **options)
+    recipe.data.train = write(tmp_path)
+    assert length_limit(recipe) == limit
+    run = RunDir.create(tmp_path / "runs", "tiny", run_id="one")
+    rows, _ = open_sources(recipe, run, make_tokenizer())
+    encode = rows.encoder()
+    longest = max(len(one.token_ids) for index in range(60) for one in encode(index).sequences)
+    assert longest == limit if limit is not None else longest > 24
