@@ -418,3 +418,18 @@ def test_keys_of_the_recipe_can_be_set_on_the_way(tmp_path: Path) -> None:
     assert at(recipe_of(made), "policy.epochs") == 3
     assert "# override: policy.epochs=3" in made.text
     assert any("mine.py is not one of cosmos-rl's own" in note for note in made.notes)
+
+
+def test_a_prompt_that_is_there_is_not_called_empty(tmp_path: Path) -> None:
+    made = converted(tmp_path, {"train.train_policy.system_prompt": "Be kind."})
+    said = entry(made, "train.train_policy.system_prompt")
+    assert (said.to, said.note) == (["data.train.system"], "")
+    made = converted(tmp_path, {"train.train_policy.system_prompt": ""})
+    assert entry(made, "train.train_policy.system_prompt").note == "empty"
+
+
+def test_two_rates_are_those_of_the_language_model_and_the_vision_tower(tmp_path: Path) -> None:
+    note = entry(converted(tmp_path, {"train.optm_lr": [1e-4, 2e-5]}), "train.optm_lr").note
+    assert note.endswith("parts: language model, vision tower")
+    note = entry(converted(tmp_path, {"train.optm_lr": [1e-4, 2e-5, 3e-5]}), "train.optm_lr").note
+    assert note.endswith("parts: language model, projector, vision tower")

@@ -157,3 +157,15 @@ def test_lines_of_keys() -> None:
     assert source.where("train.epoch") == "x.toml:4"
     assert source.where("train.nothing") == "x.toml:3"
     assert source.where("nothing") == "x.toml"
+
+
+def test_a_wrong_number_of_profiled_steps_is_named_by_its_own_key(tmp_path: Path) -> None:
+    path = tmp_path / "odd.toml"
+    path.write_bytes(
+        sft(
+            "[profiler]\nenable_profiler = true\n"
+            "sub_profiler_config = {do_profile = true, active_steps = 0}\n"
+        )
+    )
+    with pytest.raises(RecipeError, match=r"sub_profiler_config.active_steps: makes policy.profile.steps"):
+        convert_file(path)

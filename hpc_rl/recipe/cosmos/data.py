@@ -142,8 +142,9 @@ def _columns(draft: Draft, form: str) -> None:
         draft.drop(own, f"{custom} is the one that llava_sft.py used")
     elif draft.get(own):
         draft.put("data.train.system", draft.get(own), own)
-    draft.same(custom, "empty")
-    draft.same(own, "empty")
+    for key in (custom, own):
+        if not draft.get(key):
+            draft.same(key, "empty")
 
 
 def _vision(draft: Draft) -> None:

@@ -60,9 +60,9 @@ def _rates(draft: Draft) -> float:
             )
             return 0.0
         groups = [{"match": match, "lr": lr} for match, lr in zip(parts, value[1:], strict=True)]
-        note = (
-            "in cosmos-rl's order of a vision-language model's parts: language model, projector, vision tower"
-        )
+        order = ("language model", "projector", "vision tower", "head")
+        names = (order[0], order[2]) if len(value) == 2 else order[: len(value)]
+        note = f"in cosmos-rl's order of a vision-language model's parts: {', '.join(names)}"
         draft.put("policy.optimizer.groups", groups, key, note=note)
     return float(value[0])
 

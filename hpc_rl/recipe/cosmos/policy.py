@@ -231,8 +231,8 @@ def _profile(draft: Draft) -> None:
         for key in ("profiler.enable_profiler", f"{place}.do_profile"):
             draft.drop(key, why) if draft.get(key) else draft.same(key)
         return
-    for key in ("profiler.enable_profiler", f"{place}.do_profile"):
-        draft.put("policy.profile.steps", draft.get(f"{place}.active_steps"), key, f"{place}.active_steps")
+    keys = (f"{place}.active_steps", "profiler.enable_profiler", f"{place}.do_profile")
+    draft.put("policy.profile.steps", draft.get(keys[0]), *keys)
     before = draft.get(f"{place}.wait_steps") + draft.get(f"{place}.warmup_steps")
     draft.put("policy.profile.start", before + 1, f"{place}.wait_steps", f"{place}.warmup_steps")
     draft.put("policy.profile.ranks", draft.get(f"{place}.rank_filter") or [0], f"{place}.rank_filter")
