@@ -38,7 +38,7 @@ STALL_LIMIT_S = 300.0  # without a chunk written
 RETRY_S = 600.0  # a disk that was found too small is not tried again for so long
 POLL_S = 0.1
 _OTHER_FORMATS = frozenset(
-    {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".pkl"}
+    {".bin", ".pt", ".pth", ".ckpt", ".distcp", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".pkl"}
 )
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
