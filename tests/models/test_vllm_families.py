@@ -57,6 +57,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize("family", SERVED)
+@torch.no_grad()
 def test_log_probs_are_those_of_vllm(family: str, samples: Path) -> None:
     answer = json.loads((samples / family / "answer.json").read_text())
     assert "error" not in answer, answer["error"]

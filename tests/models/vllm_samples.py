@@ -43,7 +43,7 @@ def sample(job: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=False,
         limit_mm_per_prompt={"image": len(images)} if images else None,
         disable_log_stats=True,
-        **(adapters() if "adapter" in job else {}),
+        **(adapters(job["folder"]) if "adapter" in job else {}),
     )
     params = SamplingParams(
         max_tokens=TOKENS, temperature=1.0, seed=1, logprobs=0, ignore_eos=True, detokenize=False
@@ -60,10 +60,11 @@ def sample(job: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def adapters() -> dict[str, Any]:
-    from hpc_rl.weights.vllm_adapter import EXTENSION
+def adapters(folder: str) -> dict[str, Any]:
+    from hpc_rl.rollout.engine import AdapterShape, EngineSettings
+    from hpc_rl.rollout.engines.vllm import adapter_arguments
 
-    return {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "worker_extension_cls": EXTENSION}
+    return adapter_arguments(EngineSettings(folder, None), AdapterShape(rank=8))
 
 
 def answered(outputs: list[Any]) -> dict[str, Any]:
