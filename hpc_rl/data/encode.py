@@ -19,6 +19,7 @@ from hpc_rl.data.turns import Rendering, renderings
 from hpc_rl.recipe.schema import DatasetSpec
 
 MEDIA_FORMATS = ("llava", "cosmos_reason1")
+IMAGE, VIDEO = 1, 2  # kinds of media, to be added up
 
 
 @dataclass
@@ -32,12 +33,13 @@ class Encoded:
 
 @dataclass
 class EncodedRow:
-    """What a row became; `dropped` and `truncated` count sequences."""
+    """What a row became; `dropped` and `truncated` count sequences. `kinds` of media are in it."""
 
     sequences: list[Encoded] = field(default_factory=list)
     repaired: int = 0
     truncated: int = 0
     dropped: int = 0
+    kinds: int = 0
 
 
 class MediaEncoder(Protocol):
@@ -98,7 +100,9 @@ class Encoder:
         conversation = replace(conversation, messages=messages)
         found = renderings(self._template, conversation, self._spec.train_on, where)
         sequences = [self._sequence(rendering, conversation, where) for rendering in found]
-        return self._fitted(sequences, int(conversation.repaired), where)
+        row = self._fitted(sequences, int(conversation.repaired), where)
+        row.kinds = IMAGE * bool(conversation.images) + VIDEO * bool(conversation.videos)
+        return row
 
     def _conversation(self, row: dict[str, Any], where: str) -> Conversation | None:
         """None for plain text and for prompts that no template wraps."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hpc_rl.data.chat import Conversation, Message
-from hpc_rl.data.encode import Encoded
+from hpc_rl.data.encode import IMAGE, VIDEO, Encoded
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.media import MediaFiles
 from hpc_rl.data.templates import ChatTemplate, Span
@@ -105,23 +105,28 @@ class Multimodal:
                 "write it differently, or give the medium"
             )
 
-    def blank(self) -> Encoded:
-        """A short sequence with one small blank image, of which nothing is learned.
+    def blank(self, kind: int = IMAGE) -> Encoded:
+        """A short sequence with one small blank image (or, for VIDEO, clip), of which nothing is learned.
 
-        It stands in where a forward has no picture: the collectives of a sharded vision tower pair up
-        between ranks only if every rank runs it.
+        It stands in where a forward has no such medium: the collectives of a sharded vision tower pair up
+        between ranks only if every rank runs it, and it runs once for images and once for videos.
         """
         from PIL import Image
 
-        image = Image.new("RGB", (BLANK_SIZE, BLANK_SIZE), (255, 255, 255))
+        name = "image" if kind == IMAGE else "video"
         messages: list[Message] = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]},
+            {"role": "user", "content": [{"type": name}, {"type": "text", "text": "."}]},
             {"role": "assistant", "content": "."},
         ]
         messages = self.template.prepared(messages)
         rendering = Rendering(self.template.render(messages), [], len(messages))
-        conversation = Conversation(messages, images=[image])
-        _, _, tokens, media, _ = self.encode(rendering, conversation, "the blank image")
+        conversation = Conversation(messages)
+        if kind == IMAGE:
+            conversation.images = [Image.new("RGB", (BLANK_SIZE, BLANK_SIZE), (255, 255, 255))]
+        else:
+            frames = np.full((2, BLANK_SIZE, BLANK_SIZE, 3), 255, np.uint8)
+            conversation.videos = [Video(frames, [0.0, 1.0], [0, 1], 2, 1.0)]
+        _, _, tokens, media, _ = self.encode(rendering, conversation, f"the blank {name}")
         return Encoded(tokens.ids, [0] * len(tokens.ids), media)
 
     def _call(self, text: str, images: list[Any], videos: list[Video], special: bool, where: str) -> Any:
@@ -146,6 +151,13 @@ class Multimodal:
             if start < end and text[start:end] != self._tokenizer.convert_ids_to_tokens(tokens.ids[t]):
                 name = type(self._processor).__name__
                 raise DataError(f"{where}: {name} does not say how it expands images into tokens")
+
+
+def kinds_of(media: dict[str, Any] | None) -> int:
+    """Which kinds of media a sequence has, by the names of its tensors."""
+    clips = [name for name in media or {} if "video" in name]
+    images = [name for name in media or {} if "video" not in name and ("pixel" in name or "image" in name)]
+    return IMAGE * bool(images) + VIDEO * bool(clips)
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:

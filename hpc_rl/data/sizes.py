@@ -18,17 +18,18 @@ from hpc_rl.data.errors import DataError
 from hpc_rl.data.multimodal import Multimodal
 from hpc_rl.data.video import Video
 
+Size = tuple[int, int, int]
 _KEPT = 1024  # expansions: some kB each
 
 
 @dataclass(frozen=True)
 class RowSizes:
-    """`sequences`: tokens and trained tokens of each. The rest counts as in `EncodedRow`.
+    """`sequences`: tokens, trained tokens and kinds of media of each. The rest counts as in `EncodedRow`.
 
     `error` is what the row is refused for; whoever comes to the row raises it.
     """
 
-    sequences: tuple[tuple[int, int], ...] = ()
+    sequences: tuple[Size, ...] = ()
     repaired: int = 0
     truncated: int = 0
     dropped: int = 0
@@ -36,7 +37,10 @@ class RowSizes:
 
     @classmethod
     def of(cls, row: EncodedRow) -> RowSizes:
-        sizes = tuple((len(one.token_ids), sum(one.loss_mask)) for one in row.sequences)
+        sizes = tuple(
+            (len(one.token_ids), sum(one.loss_mask), row.kinds if one.media is not None else 0)
+            for one in row.sequences
+        )
         return cls(sizes, row.repaired, row.truncated, row.dropped)
 
 

@@ -11,13 +11,16 @@ fill.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from hpc_rl.data.encode import EncodedRow
+from hpc_rl.data.encode import IMAGE, VIDEO, EncodedRow
 from hpc_rl.data.errors import DataError
+from hpc_rl.data.multimodal import kinds_of
 from hpc_rl.data.order import row_of, steps_of_epochs
 from hpc_rl.data.rows import Rows
 from hpc_rl.data.sizes import RowSizes
@@ -28,6 +31,7 @@ from hpc_rl.policy.sft_rows import (
     Agree,
     EvalRows,
     RowSource,
+    agreed,
     deal,
     samples_of,
 )
@@ -44,7 +48,8 @@ EMPTY_STEPS_LIMIT = 10
 class _Step:
     """One step's sequences, those that this rank has made; `dealt` by rank and micro-batch.
 
-    `tokens` are the trained ones: of all ranks, but where ranks have yet to agree.
+    `tokens` are the trained ones, and `kinds` those of media: of all ranks, but where ranks have yet to
+    agree, by `rows`.
     """
 
     step: int
@@ -52,6 +57,8 @@ class _Step:
     dealt: dict[int, list[list[TrainSample]]] = field(default_factory=dict)
     tokens: float = 0.0
     counts: dict[str, float] = field(default_factory=no_counts)
+    kinds: int = 0
+    rows: list[EncodedRow] = field(default_factory=list)
     counted: bool = False
 
 
@@ -77,7 +84,7 @@ class SftData:
         held_out: RowSource | None = None,
         rank: int = 0,
         workers: int = 0,
-        blank: TrainSample | None = None,
+        blank: Callable[[int], TrainSample] | None = None,
         agree: Agree | None = None,
         share: Share | None = None,
     ) -> None:
@@ -194,16 +201,15 @@ class SftData:
         if self._by_turns:
             assert rank == self._own_rank
             mine = deal(self._policy, now.samples, 1)[0]
-            count, sums = len(mine), [tokens, *(now.counts[name] for name in COUNTS)]
-            if self._agree is not None:
-                count, sums = self._agree(count, sums)
+            sums = [tokens, *(now.counts[name] for name in COUNTS)]
+            count, sums, now.kinds = agreed(self._agree, len(mine), sums, now.rows)
             mine += [[] for _ in range(count - len(mine))]
             tokens = sums[0]
             self._count(now, dict(zip(COUNTS, sums[1:], strict=True)))
         else:
             mine = now.dealt[rank]
             self._count(now, now.counts)
-        return [self._with_picture(samples) for samples in mine], tokens
+        return [self._with_blanks(samples, now.kinds) for samples in mine], tokens
 
     def metrics(self) -> dict[str, float]:
         """Of the newest step: epochs seen, and what became of rows since the run began."""
@@ -245,8 +251,8 @@ class SftData:
     def eval_micro_batches(self, rank: int) -> Iterator[list[TrainSample]]:
         """The validation data of data-parallel rank `rank` in file order, the same at every evaluation."""
         assert self._eval is not None
-        for mine in self._eval.micro_batches(rank, self._data_parallel, self._agree):
-            yield self._with_picture(mine)
+        for mine, kinds in self._eval.micro_batches(rank, self._data_parallel, self._agree):
+            yield self._with_blanks(mine, kinds)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -280,6 +286,7 @@ class SftData:
         now = _Step(step, [])
         for ordinal in mine:
             row = self._stream.take(ordinal)
+            now.rows.append(row)
             for name in COUNTS:
                 now.counts[name] += getattr(row, name)
             now.samples += samples_of(ordinal, row)
@@ -300,7 +307,8 @@ class SftData:
         self._sequences.keep(self._at)
         self._begin_next(step + 1, taken)
         dealt = {rank: [[made[key] for key in one] for one in rows] for rank, rows in mine.items()}
-        return _Step(step, [made[k] for k in plan.sizes if k in made], dealt, plan.tokens, plan.counts)
+        samples = [made[key] for key in plan.sizes if key in made]
+        return _Step(step, samples, dealt, plan.tokens, plan.counts, plan.kinds)
 
     def _plan(self, step: int) -> Plan:
         plan = self._planner.plan(step, self._at)
@@ -355,7 +363,7 @@ class SftData:
                 if index % 1024 == 0:
                     sizes.forget(index)
                     sizes.expect(index + 2048)
-                found.append([tokens for tokens, _ in sizes.of(index).sequences])
+                found.append([tokens for tokens, _, _ in sizes.of(index).sequences])
         finally:
             sizes.close()
         return found
@@ -369,11 +377,14 @@ class SftData:
             "dropped. Raise policy.max_length, or look at what data.train's format and columns say is trained"
         )
 
-    def _with_picture(self, samples: list[TrainSample]) -> list[TrainSample]:
-        """With a blank picture where there is none and every forward needs one."""
-        if self._blank is None or any(sample.media for sample in samples):
+    def _with_blanks(self, samples: list[TrainSample], kinds: int) -> list[TrainSample]:
+        """With a blank of each kind of media that is not there and that some rank has beside this forward;
+        of one kind at least, where every forward needs one."""
+        if self._blank is None:
             return samples
-        return [*samples, self._blank]
+        has = functools.reduce(operator.or_, (kinds_of(sample.media) for sample in samples), 0)
+        missing = (kinds or IMAGE) & ~has
+        return [*samples, *(self._blank(kind) for kind in (IMAGE, VIDEO) if missing & kind)]
 
 
 def total_steps(policy: Policy, rows: int, per_row: int = 1) -> int:

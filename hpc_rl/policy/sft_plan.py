@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from hpc_rl.data.sizes import RowSizes
+from hpc_rl.data.sizes import RowSizes, Size
 from hpc_rl.data.token_batches import Key, TokenBatcher
 from hpc_rl.policy.sft_rows import deal_lengths
 from hpc_rl.recipe.schema import Policy
 
 COUNTS = ("repaired", "truncated", "dropped")
-Size = tuple[int, int]  # tokens, trained tokens
 
 
 def no_counts() -> dict[str, float]:
@@ -43,7 +44,12 @@ class Plan:
     @property
     def tokens(self) -> float:
         """Trained tokens of the step, over all ranks."""
-        return float(sum(trained for _, trained in self.sizes.values()))
+        return float(sum(trained for _, trained, _ in self.sizes.values()))
+
+    @property
+    def kinds(self) -> int:
+        """Which kinds of media the step has, on any rank."""
+        return functools.reduce(operator.or_, (kinds for _, _, kinds in self.sizes.values()), 0)
 
 
 class Planner:
@@ -99,7 +105,7 @@ class Planner:
         for ordinal in range(first, last):
             sizes.update(self._taken(ordinal, counts))
         keys = list(sizes)
-        dealt = deal_lengths(self._policy, [tokens for tokens, _ in sizes.values()], self._ranks)
+        dealt = deal_lengths(self._policy, [tokens for tokens, _, _ in sizes.values()], self._ranks)
         after = Position(step, last, {}, at.counts)
         return Plan(after, sizes, [[[keys[i] for i in one] for one in mine] for mine in dealt], counts)
 
@@ -138,6 +144,6 @@ class Planner:
         step_tokens = self._policy.batch_tokens
         assert step_tokens is not None
         batcher = TokenBatcher(step_tokens, min(self._policy.micro_batch_tokens or step_tokens, step_tokens))
-        for key, (tokens, _) in at.waiting.items():
+        for key, (tokens, _, _) in at.waiting.items():
             batcher.add(key, tokens)
         return batcher

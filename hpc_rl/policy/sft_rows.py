@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from hpc_rl.data.encode import EncodedRow, Encoder
+from hpc_rl.data.encode import IMAGE, VIDEO, EncodedRow, Encoder
 from hpc_rl.data.media import MediaFiles
 from hpc_rl.data.multimodal import Multimodal
 from hpc_rl.data.packing import pack, pack_fixed
@@ -93,6 +93,18 @@ def deal_lengths(policy: Policy, lengths: list[int], ranks: int) -> list[list[li
     return pack(lengths, policy.micro_batch_tokens or max(lengths, default=1), ranks)
 
 
+def agreed(
+    agree: Agree | None, count: int, sums: list[float], rows: list[EncodedRow]
+) -> tuple[int, list[float], int]:
+    """`(the largest count, the sums, all kinds of media in the rows)` over data-parallel ranks."""
+    kinds = [kind for kind in (IMAGE, VIDEO) if any(row.kinds & kind for row in rows)]
+    flags = [float(kind in kinds) for kind in (IMAGE, VIDEO)]
+    if agree is not None:
+        count, totals = agree(count, [*sums, *flags])
+        sums, flags = totals[:-2], totals[-2:]
+    return count, sums, IMAGE * (flags[0] > 0) + VIDEO * (flags[1] > 0)
+
+
 class EvalRows:
     """Validation rows in file order, block by block, so that they need not be in memory at once."""
 
@@ -104,21 +116,25 @@ class EvalRows:
     def __len__(self) -> int:
         return len(self._source.rows)
 
-    def micro_batches(self, rank: int, ranks: int, agree: Agree | None) -> Iterator[list[TrainSample]]:
-        """Those of data-parallel rank `rank`; every rank gets equally many."""
+    def micro_batches(
+        self, rank: int, ranks: int, agree: Agree | None
+    ) -> Iterator[tuple[list[TrainSample], int]]:
+        """Those of data-parallel rank `rank`, and the kinds of media that some rank has beside each; every
+        rank gets equally many."""
         blocks = [self._mine(first, rank, ranks) for first in range(0, len(self), self._block)]
         for number, ordinals in enumerate(blocks):
             self._stream.want(ordinals)
             if number + 1 < len(blocks):
                 self._stream.want(blocks[number + 1])
-            samples = [s for o in ordinals for s in samples_of(o, self._stream.take(o))]
+            rows = [(ordinal, self._stream.take(ordinal)) for ordinal in ordinals]
+            samples = [sample for ordinal, row in rows for sample in samples_of(ordinal, row)]
             if not self._source.has_media:
-                yield from deal(self._policy, samples, ranks)[rank]
+                yield from ((mine, 0) for mine in deal(self._policy, samples, ranks)[rank])
                 continue
             mine = deal(self._policy, samples, 1)[0]
-            count = agree(len(mine), [])[0] if agree is not None else len(mine)
-            yield from mine
-            yield from ([] for _ in range(count - len(mine)))
+            count, _, kinds = agreed(agree, len(mine), [], [row for _, row in rows])
+            yield from ((one, kinds) for one in mine)
+            yield from (([], kinds) for _ in range(count - len(mine)))
 
     def close(self) -> None:
         self._stream.close()

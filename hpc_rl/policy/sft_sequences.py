@@ -8,10 +8,10 @@ from typing import Protocol
 
 from hpc_rl.data.encode import EncodedRow
 from hpc_rl.data.errors import DataError
-from hpc_rl.data.sizes import RowSizes
+from hpc_rl.data.sizes import RowSizes, Size
 from hpc_rl.data.stream import RowStream
 from hpc_rl.data.token_batches import Key
-from hpc_rl.policy.sft_plan import Plan, Position, Size
+from hpc_rl.policy.sft_plan import Plan, Position
 from hpc_rl.policy.sft_rows import samples_of
 from hpc_rl.policy.sft_sizes import SharedSizes
 from hpc_rl.types import TrainSample
@@ -112,7 +112,7 @@ class OwnSequences:
         for ordinal in sorted({key[0] for key in wanted}):
             for sample in samples_of(ordinal, self._stream.take(ordinal)):
                 key = (ordinal, sample.sample)
-                if key in wanted and sizes[key] == (len(sample.token_ids), sum(sample.loss_mask)):
+                if key in wanted and sizes[key][:2] == (len(sample.token_ids), sum(sample.loss_mask)):
                     found[key] = sample
         if lost := sorted(wanted - found.keys()):
             ordinal, number = lost[0]

@@ -162,7 +162,7 @@ class SharedSizes:
 def _read(raw: bytes) -> list[RowSizes]:
     found = []
     for sequences, *rest in json.loads(raw):
-        found.append(RowSizes(tuple((int(a), int(b)) for a, b in sequences), *rest))
+        found.append(RowSizes(tuple((int(a), int(b), int(c)) for a, b, c in sequences), *rest))
     return found
 
 

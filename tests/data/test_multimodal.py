@@ -9,10 +9,11 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from hpc_rl.data.encode import EncodedRow, Encoder
+from hpc_rl.data.encode import IMAGE, EncodedRow, Encoder
+from hpc_rl.data.encode import VIDEO as VIDEO_KIND
 from hpc_rl.data.errors import DataError
 from hpc_rl.data.media import MediaFiles
-from hpc_rl.data.multimodal import Multimodal
+from hpc_rl.data.multimodal import Multimodal, kinds_of
 from hpc_rl.recipe.schema import DatasetSpec
 from tests.data.test_media import write_video
 from tests.tiny_vlms import PLACE, picture, processor
@@ -81,6 +82,11 @@ def test_rows_without_pictures_and_the_blank(family: str) -> None:
     assert "pixel_values" in blank.media
     assert not any(blank.loss_mask)
     assert len(blank.loss_mask) == len(blank.token_ids)
+    assert kinds_of(blank.media) == IMAGE
+    if family in VIDEO:
+        clip = media.blank(VIDEO_KIND)
+        assert kinds_of(clip.media) == VIDEO_KIND
+        assert not any(clip.loss_mask)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -229,7 +229,7 @@ def test_a_rank_that_does_not_come_is_named_and_closing_does_not_wait() -> None:
     def sizes(limit_s: float) -> SharedSizes:
         share = Share(dist.HashStore(), 0, 3, limit_s)
         share.store.set("rows/1/rank 1", "[]")
-        made = SharedSizes(lambda: lambda ordinal: RowSizes(((3, 1),)), share, 0, "rows")
+        made = SharedSizes(lambda: lambda ordinal: RowSizes(((3, 1, 0),)), share, 0, "rows")
         made.start_at(0, 10)
         return made
 
@@ -262,9 +262,9 @@ class Away(dist.HashStore):
 def test_a_store_that_is_away_is_tried_again() -> None:
     store = Away()
     share = Share(store, 0, 1, 60.0)
-    made = SharedSizes(lambda: lambda ordinal: RowSizes(((ordinal, 1),)), share, 0, "rows")
+    made = SharedSizes(lambda: lambda ordinal: RowSizes(((ordinal, 1, 0),)), share, 0, "rows")
     made.start_at(0, 5)
-    assert [made.of(k).sequences for k in range(5)] == [((k, 1),) for k in range(5)]
+    assert [made.of(k).sequences for k in range(5)] == [((k, 1, 0),) for k in range(5)]
     assert store.tries == 3
     made.close()
 

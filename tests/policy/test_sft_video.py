@@ -77,7 +77,7 @@ def make_recipe(folder: Path, family: str, **policy: Any) -> Recipe:
     options = {"batch_size": 6, "micro_batch_tokens": 160, "steps": 4, "optimizer": SGD, **policy}
     return Recipe.model_validate({
         "name": "tiny-video", "kind": "sft", "seed": 3, "model": {"path": str(model), "dtype": "float32"},
-        "data": {"train": train}, "policy": options,
+        "data": {"train": train, "eval": train}, "policy": options,
     })  # fmt: skip
 
 
@@ -128,12 +128,24 @@ def test_clips_train_as_plain_transformers_would(family: str, tmp_path: Path) ->
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_two_ranks_train_on_clips_as_one_process_does(tmp_path: Path, redis_server: RedisServer) -> None:
-    recipe = make_recipe(tmp_path, "qwen2_5_vl", batch_size=2)
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        ("qwen2_5_vl", {"batch_size": 6}),  # one rank has an image and clips, the other clips alone
+        ("qwen3_vl", {"batch_tokens": 160, "micro_batch_tokens": 80}),  # sizes of clips before their frames
+    ],
+    ids=["rows", "tokens"],
+)
+def test_two_ranks_train_on_clips_as_one_process_does(
+    family: str, policy: dict[str, Any], tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """The vision tower runs once for images and once for clips: on every rank, whatever its rows have."""
+    recipe = make_recipe(tmp_path, family, steps=3, **policy)
     one = one_process(tmp_path / "one", recipe)
-    run, two = sharded(tmp_path / "two", recipe, redis_server, last=4, cut=2)
+    run, two = sharded(tmp_path / "two", recipe, redis_server, last=3, cut=2)
     assert apart(one["losses"], two["losses"]) <= 1e-5
+    assert apart(one["evals"], two["evals"]) <= 1e-5
     assert apart(one["parameters"], two["parameters"]) <= 1e-5
     trainer = start(run, recipe, attempt=2, step=2)
-    assert apart(one["losses"][2:], train(trainer, 3, 4)) <= 1e-5
+    assert apart(one["losses"][2:], train(trainer, 3, 3)) <= 1e-5
     trainer.close()
