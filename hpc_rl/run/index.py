@@ -72,7 +72,8 @@ def _no_run(path: Path) -> str:
 
 
 def find_run(token: str | Path, roots: Iterable[Path | str] = ("runs",)) -> RunDir:
-    """The run named by a directory, a job id, a run id or a recipe name (its latest run).
+    """The run named by a directory, a job id, a run id or a recipe name: its latest run under `roots`, else
+    anywhere. Another folder's run of the same name is seldom meant, and `resume` or `clean` would change it.
 
     Raises RunError that lists what there is.
     """
@@ -81,7 +82,9 @@ def find_run(token: str | Path, roots: Iterable[Path | str] = ("runs",)) -> RunD
         return RunDir(path)
     runs = known_runs(roots)
     text = str(token)
-    for run in reversed(runs):
+    here = {Path(root).expanduser().absolute() for root in roots}
+    near = [run for run in runs if run.root.parent.parent in here]
+    for run in [*reversed(near), *reversed([run for run in runs if run not in near])]:
         if text in (run.name, run.run_id) or _has_job(run, text.partition("+")[0]):
             return run
     names = ", ".join(sorted({run.name for run in runs})) or "none"

@@ -118,10 +118,14 @@ def test_an_adapter_can_be_exported_alone(tmp_path: Path) -> None:
     source, also = adapter_export(model, Lora(r=4, alpha=8, export="adapter"))
     out = write_now(source, Export(tmp_path / "out", folder, None, torch.float32, also), tmp_path / ".out")
     assert not list(out.glob("model*.safetensors"))
-    loaded = T.AutoModelForCausalLM.from_pretrained(out)  # Transformers finds the base by the config
     with torch.no_grad():
         ours = model.logits(IDS, POSITIONS, torch.arange(15))
-        assert (ours - loaded(IDS[None, :15]).logits[0]).abs().max() <= 1e-5
+        for loader in (
+            T.AutoModelForCausalLM,
+            peft.AutoPeftModelForCausalLM,
+        ):  # both find the base by the config
+            loaded = loader.from_pretrained(out)
+            assert (ours - loaded(IDS[None, :15]).logits[0]).abs().max() <= 1e-5
 
 
 def train(model: AdaptedModel, steps: int) -> list[float]:

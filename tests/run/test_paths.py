@@ -110,6 +110,13 @@ def test_runs_are_found_by_folder_name_and_job(tmp_path: Path, monkeypatch: pyte
     assert job_ids(second) == ["42"]
     with pytest.raises(RunError, match="known names: gsm8k, other"):
         find_run("gsm9k")
+    near = submitted(tmp_path / "runs", "gsm8k", "20240101-000000-dddd")
+    newest = submitted(tmp_path / "elsewhere", "gsm8k", "20250104-000000-eeee")
+    remember(newest)
+    assert find_run("gsm8k") == near  # what is newer elsewhere is another's: `resume` and `clean` change it
+    assert find_run("gsm8k", roots=[]) == newest
+    near.resolved.unlink()
+    newest.resolved.unlink()
     second.resolved.unlink()
     assert known_runs() == [first]
     assert find_run("gsm8k") == first

@@ -145,6 +145,8 @@ def _config(spec: Lora, base: str, module: Any) -> LoraConfig:
         rank_pattern=dict(spec.r_pattern),
         alpha_pattern=dict(spec.alpha_pattern),
         base_model_name_or_path=base,
+        # what AutoPeftModelForCausalLM.from_pretrained asks the adapter's folder for
+        task_type="CAUSAL_LM" if type(module).__name__.endswith("ForCausalLM") else None,
     )
 
 
