@@ -56,19 +56,25 @@ def needs(recipe: Recipe, plan: Plan) -> Needs | None:
     shards = mesh.dp_shard * mesh.cp * mesh.tp * mesh.pp
     rank_file = int((memory.weights_gb + memory.optimizer_gb + memory.ema_gb) * GIB)
     checkpoint, kept, words = rank_file * shards, 0, []
-    saves = (plan.total_steps or 0) // options.save_every + 1
+    # Epochs are steps only when the rows are counted: then as many checkpoints as a long run keeps.
+    saves = None if plan.total_steps is None else plan.total_steps // options.save_every + 1
     if options.enabled:
-        if options.max_keep < 0 and plan.total_steps is None:
+        best = options.keep_best and (recipe.data.eval is not None or bool(recipe.data.holdout))
+        most = max(1, options.max_keep) + 1 + best
+        if options.max_keep < 0 and saves is None:
             return None
-        best = options.keep_best and recipe.data.eval is not None
-        kept = saves if options.max_keep < 0 else min(saves, max(1, options.max_keep) + 1 + best)
+        if saves is None:
+            kept = most
+        else:
+            kept = saves if options.max_keep < 0 else min(saves, most)
         words.append(f"{kept} checkpoint(s) of {_gib(checkpoint)}")
     exports = 0 if options.export == "off" else 1
-    if options.export == "all" and options.enabled and plan.total_steps is not None:
-        exports += saves
+    every = options.export == "all" and options.enabled
+    exports += saves if every and saves is not None else 0
     export = memory.parameters * _EXPORT_BYTES[recipe.model.dtype]
     if exports:
-        words.append(f"{exports} export(s) of {_gib(export)}")
+        more = " (more with every checkpoint)" if every and saves is None else ""
+        words.append(f"{exports} export(s) of {_gib(export)}{more}")
     files = kept * (mesh.world_size + 6) + exports * (20 + export // 4_000_000_000) + _SMALL_FILES
     return Needs(checkpoint, rank_file, kept * checkpoint + exports * export, files, " and ".join(words))
 

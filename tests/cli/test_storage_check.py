@@ -22,6 +22,7 @@ from hpc_rl.cluster.storage_check import (
 from hpc_rl.plan import make_plan, resolve_recipe
 from hpc_rl.plan.schema import MemoryEstimate, Mesh
 from hpc_rl.recipe import load_recipe
+from tests.cli.helpers import make_recipe
 
 BILLION = 1_000_000_000
 # lfs quota -q -u 1000 /scratch; the second is over its soft limit.
@@ -76,6 +77,28 @@ def test_a_checkpoint_is_counted_once_however_many_ranks_write_it(tmp_path: Path
         assert wanted.total == pytest.approx(5 * 12 * BILLION + 2 * BILLION, rel=1e-3)
     assert sizes[8] == pytest.approx(sizes[4], rel=1e-6)
     assert sizes[8] == pytest.approx(12 * BILLION, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept", "exports"),
+    [
+        ({"policy.steps": 500}, 4, "1 export(s)"),  # two, one in writing, the best
+        ({"policy.steps": 60}, 2, "1 export(s)"),
+        ({"policy.epochs": 2}, 4, "1 export(s)"),  # how many steps these are is not known yet
+        ({"policy.epochs": 2, "data.holdout": 0}, 3, "1 export(s)"),
+        ({"policy.epochs": 2, "checkpoint.export": "all"}, 4, "(more with every checkpoint)"),
+        ({"policy.steps": 500, "checkpoint.export": "all"}, 4, "12 export(s)"),
+    ],
+)
+def test_epochs_are_counted_as_a_long_run(
+    tmp_path: Path, keys: dict[str, object], kept: int, exports: str
+) -> None:
+    keys = {"data.holdout": 0.1, "checkpoint.save_every": 50, "checkpoint.max_keep": 2, **keys}
+    loaded = load_recipe(make_recipe(tmp_path), [f"{key}={value}" for key, value in keys.items()])
+    site = load_site("local")
+    plan = make_plan(loaded, site)
+    wanted = needs(resolve_recipe(loaded, site, plan), plan)
+    assert wanted is not None and wanted.words.startswith(f"{kept} checkpoint(s)") and exports in wanted.words
 
 
 def test_room_that_is_enough_and_room_that_is_not(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_uploads_and_their_secrets(tmp_path: Path) -> None:
         "AWS_ENDPOINT_URL" in note for note in made.notes
     )  # optional, and a name in the list must be set
     assert recipe["cluster"]["secrets"] == ["HF_TOKEN", *aws, "WANDB_API_KEY"]
-    with pytest.raises(RecipeError, match="s3_bucket is missing"):
+    with pytest.raises(RecipeError, match="upload_s3: is true, and s3_bucket is missing"):
         converted(tmp_path, {**keys, f"{place}.s3_bucket": None})
 
 

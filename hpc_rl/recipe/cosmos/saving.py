@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -71,7 +72,7 @@ def _uploads(draft: Draft) -> None:
         )
     bucket = draft.get(f"{_CKPT}.s3_bucket")
     if bucket is None:
-        return draft.bad(key, f"is {what!r}, and s3_bucket is missing")
+        return draft.bad(key, f"is {json.dumps(draft.get(key))}, and s3_bucket is missing")
     draft.put("checkpoint.upload_s3.bucket", bucket, f"{_CKPT}.s3_bucket")
     draft.put("checkpoint.upload_s3.prefix", draft.get(f"{_CKPT}.s3_prefix"), f"{_CKPT}.s3_prefix")
     draft.put("checkpoint.upload_s3.what", what, key, note=note)
