@@ -100,11 +100,14 @@ class MediaFiles:
         return self._root.resolve() / best[0]
 
     def check(self, conversation: Conversation, where: str) -> None:
-        """Raises DataError if a file of the conversation is not there."""
-        for source in [*conversation.images, *conversation.videos]:
-            path = _path_of(source)
-            if path is not None:
+        """Raises DataError if a file of the conversation is not there, or what is given can be none."""
+        for source in conversation.images:
+            if (path := _path_of(source)) is not None:
                 self.find(path, where)
+            else:
+                _must_be_image(source, where)
+        for source in conversation.videos:
+            self.find(_video_path(source, where), where)
 
     def image(self, source: Any, where: str) -> Any:
         """A PIL image in RGB, upright (EXIF), within the recipe's limits of pixels.
@@ -151,11 +154,8 @@ class MediaFiles:
 
         Raises DataError naming row and file.
         """
-        path = _path_of(source)
-        if path is None:
-            raise DataError(f"{where}: a video must be a path, this is {type(source).__name__}")
         spec = self._spec
-        found = self._existing(path, where)
+        found = self._existing(_video_path(source, where), where)
         return read_video(found, spec.fps, spec.max_frames, spec.max_pixels, where, blank=blank)
 
     def _existing(self, path: str, where: str) -> Path:
@@ -180,7 +180,30 @@ def _path_of(source: Any) -> str | None:
     return None
 
 
+def _video_path(source: Any, where: str) -> str:
+    path = _path_of(source)
+    if path is None:
+        raise DataError(f"{where}: a video must be a path, this is {_said(source)}")
+    return path
+
+
+def _must_be_image(source: Any, where: str) -> None:
+    from PIL import Image
+
+    given = source.get("bytes") if isinstance(source, dict) else source
+    data_url = isinstance(given, str) and given.startswith("data:")
+    if not data_url and not isinstance(given, (bytes, bytearray, memoryview, Image.Image)):
+        raise DataError(f"{where}: an image must be a path, bytes or a picture, this is {_said(source)}")
+
+
+def _said(source: Any) -> str:
+    if isinstance(source, dict):
+        return f"an object with {', '.join(map(repr, source)) or 'nothing'}"
+    return f"{str(source)[:40]!r} ({type(source).__name__})"
+
+
 def _bytes_of(source: Any, where: str) -> bytes:
+    _must_be_image(source, where)
     if isinstance(source, dict):
         source = source.get("bytes")
     if isinstance(source, str) and source.startswith("data:"):
@@ -188,9 +211,7 @@ def _bytes_of(source: Any, where: str) -> bytes:
             return base64.b64decode(source.partition(",")[2], validate=True)
         except binascii.Error as error:
             raise DataError(f"{where}: a data: URL is not base64: {error}") from error
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
-    raise DataError(f"{where}: an image must be a path, bytes or a picture, this is {type(source).__name__}")
+    return bytes(source)
 
 
 def _common_tail(a: str, b: str) -> int:

@@ -95,8 +95,15 @@ def test_missing_and_damaged_files_name_row_and_file(tmp_path: Path) -> None:
         media.image("https://example.org/a.png", "row 4")
     with pytest.raises(DataError, match=r"a\.png is a relative path; set data\.media_path"):
         files({}).image("a.png", "row 4")
-    with pytest.raises(DataError, match="must be a path, bytes or a picture, this is int"):
+    with pytest.raises(DataError, match=r"must be a path, bytes or a picture, this is '3' \(int\)"):
         media.image(3, "row 4")
+    with pytest.raises(DataError, match=r"row 4: an image must be .* this is an object with 'a'"):
+        media.check(Conversation([], images=[{"a": 1}]), "row 4")
+    with pytest.raises(DataError, match=r"row 4: a video must be a path, this is '3' \(int\)"):
+        media.check(Conversation([], videos=[3]), "row 4")
+    media.check(
+        Conversation([], images=[{"bytes": b"not looked into here"}, "data:image/png;base64,"]), "row 4"
+    )
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match=r"row 4: video .*bad\.mp4 cannot be read"):
         media.video("bad.mp4", "row 4")
