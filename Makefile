@@ -18,7 +18,7 @@ test-fast: setup ## tests that start no server (under a minute)
 	$(BIN)/python -m pytest -q -m "not slurm and not redis and not vllm and not torch and not slow and not learn"
 
 test: setup ## everything but the learning runs: real Slurm, Redis, vLLM; JOBS=1 runs one test at a time
-	$(BIN)/python -m pytest -q -m "not learn" -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations 30
+	$(BIN)/python -m pytest -q -m "not learn" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 30
 
 learn: setup ## the longer learning runs
 	$(BIN)/python -m pytest -q -s -m learn --timeout 3600

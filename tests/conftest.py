@@ -13,18 +13,12 @@ from hpc_rl.bus.server import RedisServer
 from hpc_rl.cluster.devcluster import DevCluster, MissingPackages, ProfileSpec, default_spec
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`: the tests of a file stay on one worker, where its servers start once, and so do all tests
-    that need Slurm, and all that need vLLM: two of either are more than a small machine bears.
-    Files with long tests come first, so that none of them is left for the end."""
-    heavy = ("slurm", "vllm", "slow")
-    marks = {item: {mark.name for mark in item.iter_markers()} for item in items}
-    long_files = {item.path for item in items if marks[item] & set(heavy)}
+    """Files with long tests come first: `make test` gives whole files to two workers, and none of these is
+    to be left for the end."""
+    long_marks = {"slurm", "vllm", "slow"}
+    long_files = {item.path for item in items if long_marks & {mark.name for mark in item.iter_markers()}}
     items.sort(key=lambda item: item.path not in long_files)
-    for item in items:
-        server = next((name for name in ("slurm", "vllm") if name in marks[item]), None)
-        item.add_marker(pytest.mark.xdist_group(server or item.location[0]))
 
 
 def up_and_down(name: str, spec: ProfileSpec) -> Iterator[DevCluster]:

@@ -26,6 +26,7 @@ def record(event: str, **fields: object) -> None:
 
 
 TERMINATED: list[int] = []
+LINGER_S = 2.0  # an srun that ends at the same moment is still reported
 
 
 def on_signal(number: int, _frame: object) -> None:
@@ -61,6 +62,7 @@ def main() -> int:
         )
         record("srun", group=group, srun=steps[group].pid)
     reported: set[int] = set()
+    lingers: float | None = None
     while True:
         for group, step in steps.items():
             if group not in reported and step.poll() is not None:
@@ -71,7 +73,9 @@ def main() -> int:
             record(
                 "requeue", code=subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]).returncode
             )
-        if TERMINATED:
+        if TERMINATED and lingers is None:
+            lingers = time.monotonic() + LINGER_S
+        if lingers is not None and (len(reported) == len(steps) or time.monotonic() > lingers):
             record("exit", code=143)
             child.kill()
             return 143
