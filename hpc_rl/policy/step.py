@@ -91,6 +91,9 @@ class Reduced:
         for name, value in self.sums.items():
             if name not in totals and name != "squares":
                 found[f"train/{name}"] = value / tokens
+        if square := found.pop("train/importance_square", 0.0):
+            # Kish: how many of the tokens, weighted by exp(l - m), are worth as much; 1 is on-policy.
+            found["train/ess"] = found["train/importance_mean"] ** 2 / square
         return found | {f"train/{name}": value for name, value in self.maxima.items()}
 
 

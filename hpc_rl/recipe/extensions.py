@@ -45,10 +45,23 @@ class UnknownExtension(ValueError):
         self.known = known
 
 
+def _algorithm(implementation: str, config: str) -> Member:
+    return Member(f"hpc_rl.algorithms.{implementation}", f"hpc_rl.algorithms.config:{config}")
+
+
 _BUILT_IN: dict[str, dict[str, Member]] = {
     "algorithms": {
-        "grpo": Member("hpc_rl.algorithms.grpo:Grpo", "hpc_rl.algorithms.config:GrpoConfig"),
-        "sft": Member("hpc_rl.algorithms.sft:Sft", "hpc_rl.algorithms.config:SftConfig"),
+        "grpo": _algorithm("grpo:Grpo", "GrpoConfig"),
+        "dr_grpo": _algorithm("dr_grpo:DrGrpo", "DrGrpoConfig"),
+        "dapo": _algorithm("dapo:Dapo", "DapoConfig"),
+        "gspo": _algorithm("gspo:Gspo", "GspoConfig"),
+        "cispo": _algorithm("cispo:Cispo", "CispoConfig"),
+        "aipo": _algorithm("aipo:Aipo", "AipoConfig"),
+        "rloo": _algorithm("rloo:Rloo", "RlooConfig"),
+        "reinforce_pp": _algorithm("reinforce_pp:ReinforcePp", "ReinforcePpConfig"),
+        "reinforce_pp_baseline": _algorithm("reinforce_pp:ReinforcePp", "ReinforcePpBaselineConfig"),
+        "maxrl": _algorithm("maxrl:MaxRl", "MaxRlConfig"),
+        "sft": _algorithm("sft:Sft", "SftConfig"),
     },
     "rewards": {
         "gsm8k": Member("hpc_rl.rewards.gsm8k:Gsm8k", "hpc_rl.rewards.config:Gsm8kConfig"),

@@ -105,6 +105,10 @@ Wrong = Callable[..., str]
         (["policy.steps=100000000"], "policy.steps: is 100000000; must be at most 99999999"),
         (["policy.batch_size=4294967296"], "policy.batch_size: is 4294967296; must be at most 2147483647"),
         (
+            ["algorithm.overlong_buffer=100", "rollout.max_tokens=99"],
+            "algorithm.overlong_buffer: is 100; must be at most rollout.max_tokens, which is 99",
+        ),
+        (
             ["rollout.engine=vllm", "algorithm.temperature=2.5"],
             "algorithm.temperature: is 2.5; rollout.engine vllm takes at most 2",
         ),
