@@ -49,6 +49,9 @@ def _algorithm(implementation: str, config: str) -> Member:
     return Member(f"hpc_rl.algorithms.{implementation}", f"hpc_rl.algorithms.config:{config}")
 
 
+REWARD_KEYS = ("weight", "limit_s", "memory_gb")
+"""What every item of the recipe's `reward` list may have, beside its name and its own options."""
+
 _BUILT_IN: dict[str, dict[str, Member]] = {
     "algorithms": {
         "grpo": _algorithm("grpo:Grpo", "GrpoConfig"),
@@ -68,6 +71,14 @@ _BUILT_IN: dict[str, dict[str, Member]] = {
         "format": Member("hpc_rl.rewards.format:Format", "hpc_rl.rewards.config:FormatConfig"),
         "exact": Member("hpc_rl.rewards.exact:Exact", "hpc_rl.rewards.config:ExactConfig"),
         "contains": Member("hpc_rl.rewards.contains:Contains", "hpc_rl.rewards.config:ContainsConfig"),
+        "math": Member("hpc_rl.rewards.math:Math", "hpc_rl.rewards.config:MathConfig"),
+        "boxed": Member("hpc_rl.rewards.boxed:Boxed", "hpc_rl.rewards.config:BoxedConfig"),
+        "single_choice": Member(
+            "hpc_rl.rewards.single_choice:SingleChoice", "hpc_rl.rewards.config:SingleChoiceConfig"
+        ),
+        "overlong": Member("hpc_rl.rewards.overlong:Overlong", "hpc_rl.rewards.config:OverlongConfig"),
+        "code": Member("hpc_rl.rewards.code:Code", "hpc_rl.rewards.config:CodeConfig"),
+        "python": Member("hpc_rl.rewards.python:Python", "hpc_rl.rewards.config:PythonConfig"),
     },
     "engines": {
         "vllm": Member("hpc_rl.rollout.engines.vllm:VllmEngine", "hpc_rl.rollout.engines.config:VllmOptions"),

@@ -150,6 +150,8 @@ Wrong = Callable[..., str]
         ),
         (["cluster.variables={a-b: x}"], "cluster.variables.a-b: is not a name of an environment variable"),
         (["reward.0.weight=heavy"], "reward.0.weight: must be a number"),
+        (["reward.0.limit_s=0"], "reward.0.limit_s: must be greater than 0"),
+        (["reward.0.memory_gb=all"], "reward.0.memory_gb: must be a number"),
         (
             ["rollout.weights.transport=ncl"],
             "rollout.weights.transport: no transports extension is called 'ncl'",
