@@ -14,7 +14,7 @@ from hpc_rl.rewards.config import MathConfig
 
 PARSE_S = 3
 COMPARE_S = 3
-_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
 class Math:
