@@ -109,6 +109,10 @@ Wrong = Callable[..., str]
             "algorithm.overlong_buffer: is 100; must be at most rollout.max_tokens, which is 99",
         ),
         (
+            ["algorithm={name: dapo, group_size: 4}", "reward=[{name: exact}, {name: overlong, buffer: 9}]"],
+            "algorithm.overlong_buffer: shapes the rewards of long answers, as the reward overlong does",
+        ),
+        (
             ["rollout.engine=vllm", "algorithm.temperature=2.5"],
             "algorithm.temperature: is 2.5; rollout.engine vllm takes at most 2",
         ),
