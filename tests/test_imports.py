@@ -68,6 +68,8 @@ NO_TORCH_MODULES = [
     "hpc_rl.data.stream",
     "hpc_rl.data.token_batches",
     "hpc_rl.algorithms.advantages",
+    "hpc_rl.algorithms.config",
+    "hpc_rl.algorithms.denominators",
     "hpc_rl.checkpoint.layout",
     "hpc_rl.checkpoint.upload",
     "hpc_rl.checkpoint.upload_check",

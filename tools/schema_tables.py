@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +19,10 @@ from hpc_rl.plan.site import Site  # noqa: E402
 from hpc_rl.recipe.extensions import registry  # noqa: E402
 from hpc_rl.recipe.schema import Recipe  # noqa: E402
 
+ALGORITHMS = (
+    *("dr_grpo", "dapo", "gspo", "cispo", "aipo", "rloo"),
+    *("reinforce_pp", "reinforce_pp_baseline", "maxrl"),
+)
 _NAMES = {str: "text", int: "integer", float: "number", bool: "true/false", type(None): "null", Any: "any"}
 
 
@@ -70,11 +75,33 @@ def table(model: type[BaseModel], prefix: str = "") -> str:
     return "\n".join(["| key | value | default |", "|---|---|---|", *rows(model, prefix)])
 
 
+def differences(names: Sequence[str], base: str) -> str:
+    """One table line per algorithm: the keys that `base` has not, or has with another value or default."""
+
+    def keys(name: str) -> dict[str, tuple[str, str]]:
+        lines = rows(registry("algorithms").config_class(name))
+        split = (line.strip("|").split("|") for line in lines)
+        return {key.strip(): (value.strip(), default.strip()) for key, value, default in split}
+
+    common = keys(base)
+    lines = [
+        "| `algorithm.name` | keys that differ: value, default | keys that are not there |",
+        "|---|---|---|",
+    ]
+    for name in names:
+        own = keys(name)
+        other = [f"{key}: {', '.join(own[key])}" for key in own if own[key] != common.get(key)]
+        missing = [key for key in common if key not in own]
+        lines.append(f"| `{name}` | {'; '.join(other) or 'none'} | {', '.join(missing) or 'none'} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, dict[str, str]]:
     """page -> marker -> table."""
     recipe = {
         "recipe": table(Recipe),
         "grpo": table(registry("algorithms").config_class("grpo"), "algorithm."),
+        "algorithms": differences(ALGORITHMS, "grpo"),
     }
     for name in ("vllm", "hf"):
         recipe[name] = table(registry("engines").config_class(name), "rollout.engine_options.")

@@ -1,11 +1,18 @@
 """Advantages that need rewards alone (NumPy, no torch): the controller computes them.
 
-GRPO (Shao et al. 2024, arXiv:2402.03300): A_i = (R_i - mean(R)) / (std(R) + eps) within the prompt group.
-Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): A_i = R_i - mean(R), which does not favour prompts of
-low variance; `normalize_std=False`.
+`group_std`   GRPO (Shao et al. 2024, arXiv:2402.03300): A_i = (R_i - mean(R)) / (std(R) + eps) in the group.
+`group_mean`  Dr. GRPO (Liu et al. 2025, arXiv:2503.20783): A_i = R_i - mean(R); does not favour low variance.
+`rloo`        Ahmadian et al. 2024, arXiv:2402.14740: A_i = R_i - mean of the others' R.
+`maxrl`       arXiv:2602.02710: A_i = (R_i - mean(R)) / mean(R), for rewards that are not negative.
+`batch_std`   REINFORCE++ (arXiv:2501.03262): (R - mean) / std over all answers of the step.
+`group_mean_batch_std`  its -baseline variant: R - mean of the group, over the std of that in the whole step.
+
+An algorithm's config names its estimator (`advantage`); the controller looks it up in `ESTIMATORS`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,5 +46,71 @@ def group_advantages(rewards: npt.ArrayLike, *, normalize_std: bool = True, eps:
 
 
 def has_signal(rewards: npt.ArrayLike) -> bool:
-    """Whether one prompt group `[G]` has any advantage other than 0 (else training on it does nothing)."""
+    """Whether the answers of one prompt group `[G]` differ in reward (else they teach nothing)."""
     return bool(np.any(group_advantages(rewards, normalize_std=False)))
+
+
+def _each(of_group: Callable[[FloatArray], FloatArray]) -> Callable[[Sequence[FloatArray]], list[FloatArray]]:
+    """An estimator that looks at one group at a time."""
+    return lambda groups: [of_group(group) for group in groups]
+
+
+def _rloo(rewards: FloatArray) -> FloatArray:
+    """R_i - mean of the others is n / (n - 1) times R_i - mean of all."""
+    count = int((~np.isnan(rewards)).sum())
+    return group_advantages(rewards, normalize_std=False) * (count / max(count - 1, 1))
+
+
+def _maxrl(rewards: FloatArray) -> FloatArray:
+    if (rewards < 0).any():  # a NaN is not
+        raise ValueError(
+            f"algorithm maxrl divides by the mean reward, and one is {np.nanmin(rewards):g}: its rewards "
+            "must not be negative (reward.*.weight, or another algorithm)"
+        )
+    centred = group_advantages(rewards, normalize_std=False)
+    return centred / np.nanmean(rewards) if centred.any() else centred
+
+
+def _batch_std(groups: Sequence[FloatArray]) -> list[FloatArray]:
+    return _split(group_advantages(np.concatenate(groups)), groups)
+
+
+def _group_mean_batch_std(groups: Sequence[FloatArray]) -> list[FloatArray]:
+    """Centred rewards have mean 0 in every group and so in the batch: only their deviation is divided out."""
+    centred = np.concatenate([group_advantages(group, normalize_std=False) for group in groups])
+    count = int((~np.isnan(np.concatenate(groups))).sum())
+    deviation = float(np.sqrt((centred**2).sum() / max(count - 1, 1)))
+    return _split(centred / (deviation + 1e-6) if deviation > 0 else centred, groups)
+
+
+def _split(flat: FloatArray, groups: Sequence[FloatArray]) -> list[FloatArray]:
+    return np.split(flat, np.cumsum([len(group) for group in groups])[:-1])
+
+
+ESTIMATORS: dict[str, Callable[[Sequence[FloatArray]], list[FloatArray]]] = {
+    "group_std": _each(group_advantages),
+    "group_mean": _each(lambda group: group_advantages(group, normalize_std=False)),
+    "rloo": _each(_rloo),
+    "maxrl": _each(_maxrl),
+    "batch_std": _batch_std,
+    "group_mean_batch_std": _group_mean_batch_std,
+}
+
+
+def step_advantages(estimator: str, rewards: Sequence[npt.ArrayLike]) -> list[FloatArray]:
+    """The advantages of all answers of a step; `rewards` has one `[G]` per prompt group. NaN, infinite and
+    equal rewards as in `group_advantages`. Raises ValueError."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown advantage {estimator!r}; known: {', '.join(ESTIMATORS)}")
+    if not rewards:
+        return []
+    return ESTIMATORS[estimator]([np.asarray(group, dtype=np.float64) for group in rewards])
+
+
+def overlong_penalty(lengths: npt.ArrayLike, max_tokens: int, buffer: int) -> FloatArray:
+    """DAPO's soft punishment (arXiv:2503.14476) for answers of so many tokens: 0 up to `max_tokens -
+    buffer`, from there linearly to -1 at `max_tokens`. A buffer of 0 punishes nothing."""
+    sizes = np.asarray(lengths, dtype=np.float64)
+    if buffer == 0:
+        return np.zeros_like(sizes)
+    return np.clip((max_tokens - buffer - sizes) / buffer, -1.0, 0.0)

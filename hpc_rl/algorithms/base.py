@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hpc_rl.algorithms.denominators import AGGREGATIONS, step_denominator
+
 
 @dataclass
 class TokenBatch:
@@ -15,8 +17,9 @@ class TokenBatch:
 
     All tensors have shape [N]; position n predicts `targets[n]`. `mask` is 1.0 where token n counts.
     `sequence` numbers the sequence that token n belongs to (0 .. num_sequences - 1). `denominator` is
-    that of the whole optimizer step, over all ranks and micro-batches, counted after every mask:
-    tokens for `token_mean`, sequences with at least one token for `sequence_mean`.
+    that of the whole optimizer step, over all ranks and micro-batches, counted after every mask
+    (`algorithms.denominators`). `reference_log_probs` are those of the model that a KL penalty holds to;
+    `proximal_log_probs` those of the trainer at the start of the step, where a batch has several.
     """
 
     targets: Tensor
@@ -26,6 +29,8 @@ class TokenBatch:
     denominator: float
     sampler_log_probs: Tensor | None = None
     advantages: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+    proximal_log_probs: Tensor | None = None
 
 
 @dataclass
@@ -60,26 +65,30 @@ def drop_unusable(mask: Tensor, *values: Tensor | None) -> Tensor:
     return mask
 
 
+def tokens_per_sequence(mask: Tensor, batch: TokenBatch) -> Tensor:
+    """How many tokens of each sequence [num_sequences] count."""
+    return mask.new_zeros(batch.num_sequences).index_add_(0, batch.sequence, mask)
+
+
 def token_weights(mask: Tensor, batch: TokenBatch, aggregation: str) -> Tensor:
     """Each token's weight in the loss [N], so that the step's loss is sum(weight * token loss).
 
-    `token_mean`: mask / tokens of the step. `sequence_mean`: mask / (tokens of the token's sequence *
-    sequences of the step). A sequence is never split over micro-batches.
+    `sequence_mean`: mask / (tokens of the token's sequence * denominator); all others: mask / denominator,
+    and the denominator is what tells them apart. A sequence is never split over micro-batches.
     """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"unknown loss aggregation {aggregation!r}; known: {', '.join(AGGREGATIONS)}")
     denominator = batch.denominator or 1.0  # 0: nothing counts, and 0 / 0 would be NaN
-    if aggregation == "token_mean":
-        return mask / denominator
     if aggregation != "sequence_mean":
-        raise ValueError(f"unknown loss aggregation {aggregation!r}; known: token_mean, sequence_mean")
-    counts = mask.new_zeros(batch.num_sequences).index_add_(0, batch.sequence, mask)
+        return mask / denominator
+    counts = tokens_per_sequence(mask, batch)
     return mask / (counts.clamp(min=1.0)[batch.sequence] * denominator)
 
 
-def loss_denominator(batches: list[TokenBatch], aggregation: str) -> float:
+def loss_denominator(batches: list[TokenBatch], aggregation: str, loss_length: int | None = None) -> float:
     """The denominator of a step made of `batches`: what `TokenBatch.denominator` must hold."""
-    total = 0.0
+    counts: list[float] = []
     for batch in batches:
         mask = drop_unusable(batch.mask, batch.sampler_log_probs)
-        counts = mask.new_zeros(batch.num_sequences).index_add_(0, batch.sequence, mask)
-        total += float(mask.sum() if aggregation == "token_mean" else (counts > 0).sum())
-    return total
+        counts += tokens_per_sequence(mask, batch).tolist()
+    return step_denominator(counts, aggregation, loss_length)

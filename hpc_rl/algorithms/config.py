@@ -1,37 +1,81 @@
-"""What a recipe may say under `algorithm:`. Torch-free; the implementations are the neighbours."""
+"""What a recipe may say under `algorithm:`. Torch-free; the implementations are the neighbours.
+
+The defaults and where they are from: docs/losses.md.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hpc_rl.recipe.schema import NonNegative, Positive, Section
 
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length"]
+_BOUNDS = {"icepop": (0.5, 5.0), "sequence_mask": (0.99, 1.01)}
+
 
 class Correction(Section):
-    """Off-policy correction by the sampler's recorded log-probs: truncated importance sampling."""
+    """Off-policy correction by the sampler's recorded log-probs (docs/losses.md).
 
-    kind: Literal["tis", "none"] = "tis"
+    `cap` is the largest weight of a token. `low` and `high` bound what `icepop` and `sequence_mask` leave in
+    (null: 0.5 and 5 for tokens, 0.99 and 1.01 for the geometric mean of a sequence).
+    """
+
+    kind: Literal["tis", "icepop", "sequence_mask", "none"] = "tis"
     cap: float = Field(default=2.0, gt=0)
+    low: Annotated[float, Field(ge=0)] | None = None
+    high: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What `icepop` and `sequence_mask` leave in."""
+        low, high = _BOUNDS[self.kind]
+        return (low if self.low is None else self.low, high if self.high is None else self.high)
+
+    @model_validator(mode="after")
+    def _bounds_belong_to_masks(self) -> Correction:
+        if self.kind in _BOUNDS:
+            low, high = self.bounds
+            if low >= high:
+                raise ValueError(f"low {low:g} must be less than high {high:g}: no token would be left")
+        elif self.low is not None or self.high is not None:
+            raise ValueError(
+                f"low and high belong to kind icepop and sequence_mask; with kind {self.kind} leave them out"
+            )
+        return self
 
 
-class GrpoConfig(Section):
-    """Group-relative policy optimisation. `max_staleness` is in policy versions; 0 is synchronous."""
+class RlConfig(Section):
+    """What every algorithm on rollouts has. `max_staleness` is in policy versions; 0 is synchronous.
+
+    `overlong_buffer`: from so many tokens before `rollout.max_tokens` on, the reward falls to one less at
+    the end; null: a fifth of it, 0: not at all.
+    """
 
     group_size: Positive = 8
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    clip_high: float = Field(default=0.2, ge=0)
     kl_beta: float = Field(default=0.0, ge=0)
     max_staleness: NonNegative = 2
-    # What the ratio is taken against (algorithms/grpo.py): the sampler's recorded log-probs, which
+    # What the ratio is taken against (algorithms/core.py): the sampler's recorded log-probs, which
     # corrects and clips at once, or the trainer's own at the start of the step times a correction.
     proximal: Literal["sampler", "recompute"] = "sampler"
     correction: Correction = Correction()
-    loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    normalize_std: bool = True
+    off_policy_mask: Annotated[float, Field(gt=0)] | None = None
+    positive_nll: float = Field(default=0.0, ge=0)
+    loss_aggregation: Aggregation = "token_mean"
+    loss_length: Positive | None = None
+    drop_zero_variance: bool = False
+    overlong_buffer: NonNegative | None = 0
+
+    # Answers to a prompt that the advantages need.
+    min_group: ClassVar[int] = 1
+
+    @property
+    def advantage(self) -> str:
+        """Which of `algorithms.advantages.ESTIMATORS` the controller uses."""
+        raise NotImplementedError
 
     @field_validator("top_p")
     @classmethod
@@ -43,14 +87,182 @@ class GrpoConfig(Section):
             )
         return value
 
+    @field_validator("kl_beta")
+    @classmethod
+    def _no_reference_model(cls, value: float) -> float:
+        if value > 0:
+            raise ValueError(
+                "must be 0: the penalty needs the log-probs of a reference model, which this version does "
+                "not load"
+            )
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_can_be_compared(cls, value: int) -> int:
+        if value < cls.min_group:
+            raise ValueError(
+                f"must be at least {cls.min_group}: an answer's advantage is against the others of its prompt"
+            )
+        return value
+
     @model_validator(mode="after")
-    def _correction_fits_proximal(self) -> GrpoConfig:
+    def _correction_fits_proximal(self) -> RlConfig:
         if self.proximal == "sampler" and self.correction.kind == "none":
             raise ValueError(
                 "correction.kind none needs proximal: recompute "
                 "(with proximal: sampler the ratio itself is the correction)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _groups_can_differ(self) -> RlConfig:
+        if self.drop_zero_variance and self.group_size == 1:
+            raise ValueError("drop_zero_variance needs group_size of 2 or more: one answer differs from none")
+        return self
+
+    @model_validator(mode="after")
+    def _length_belongs_to_constant_length(self) -> RlConfig:
+        if self.loss_length is not None and self.loss_aggregation != "constant_length":
+            raise ValueError(
+                f"loss_length belongs to loss_aggregation: constant_length; with {self.loss_aggregation} "
+                "leave it out"
+            )
+        return self
+
+
+class GroupConfig(RlConfig):
+    """Advantages within the prompt group, over its standard deviation or not (Dr. GRPO)."""
+
+    normalize_std: bool = True
+
+    @property
+    def advantage(self) -> str:
+        return "group_std" if self.normalize_std else "group_mean"
+
+
+class Clip(RlConfig):
+    """PPO's clip. `dual_clip` bounds the ratio where the advantage is negative; null: `correction.cap`."""
+
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    clip_high: float = Field(default=0.2, ge=0)
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+
+    @property
+    def floor(self) -> float:
+        return self.correction.cap if self.dual_clip is None else self.dual_clip
+
+
+class Truncation(RlConfig):
+    """A ratio without gradient, of at most `is_cap`, as the weight of log p."""
+
+    is_cap: float = Field(default=2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _cap_is_used(self) -> Truncation:
+        used = self.proximal == "recompute"
+        if not used and self.correction.cap != Correction.model_fields["cap"].default:
+            raise ValueError("correction.cap does nothing with proximal: sampler; the weight's cap is is_cap")
+        return self
+
+
+class GrpoConfig(Clip, GroupConfig):
+    """Group-relative policy optimisation."""
+
+
+class DrGrpoConfig(Clip):
+    """GRPO without what it divides by: no standard deviation, and a constant instead of each length."""
+
+    min_group: ClassVar[int] = 2
+    loss_aggregation: Literal["constant_length"] = "constant_length"
+
+    @property
+    def advantage(self) -> str:
+        return "group_mean"
+
+
+class DapoConfig(Clip, GroupConfig):
+    """GRPO with a higher upper clip, a mean over tokens, only groups that teach, and shaped rewards."""
+
+    min_group: ClassVar[int] = 2
+    clip_high: float = Field(default=0.28, ge=0)
+    drop_zero_variance: bool = True
+    overlong_buffer: NonNegative | None = None
+
+
+class GspoConfig(Clip, GroupConfig):
+    """One ratio for a whole sequence, and clips as narrow as such a mean is."""
+
+    min_group: ClassVar[int] = 2
+    clip_low: float = Field(default=3e-4, ge=0, lt=1)
+    clip_high: float = Field(default=4e-4, ge=0)
+    loss_aggregation: Literal["sequence_mean"] = "sequence_mean"
+
+    @field_validator("loss_aggregation", mode="before")
+    @classmethod
+    def _sequences_count_once(cls, value: object) -> object:
+        if value != "sequence_mean":
+            raise ValueError(
+                "must be sequence_mean: the ratio is one of the whole sequence, and summing it over tokens "
+                "would weigh sequences by their length, which is not GSPO"
+            )
+        return value
+
+
+class CispoConfig(Truncation, GroupConfig):
+    """A truncated weight instead of a clip: no token loses its gradient."""
+
+    min_group: ClassVar[int] = 2
+    is_cap: float = Field(default=5.0, gt=0)
+
+
+class AipoConfig(Truncation, GroupConfig):
+    """REINFORCE with the truncated ratio to the sampler."""
+
+    min_group: ClassVar[int] = 2
+    proximal: Literal["sampler"] = "sampler"
+
+
+class RlooConfig(Truncation):
+    """REINFORCE against the mean of the other answers; the log-prob of an answer is that of its sequence."""
+
+    min_group: ClassVar[int] = 2
+    proximal: Literal["sampler"] = "sampler"
+    loss_aggregation: Aggregation = "sequence_sum"
+
+    @property
+    def advantage(self) -> str:
+        return "rloo"
+
+
+class ReinforcePpConfig(Clip):
+    """Rewards whitened over the whole batch, no groups needed."""
+
+    group_size: Positive = 1
+
+    @property
+    def advantage(self) -> str:
+        return "batch_std"
+
+
+class ReinforcePpBaselineConfig(Clip):
+    """The group's mean as baseline, and the deviation of the whole batch."""
+
+    min_group: ClassVar[int] = 2
+
+    @property
+    def advantage(self) -> str:
+        return "group_mean_batch_std"
+
+
+class MaxRlConfig(Clip):
+    """Advantages over the group's mean: rare successes count most."""
+
+    min_group: ClassVar[int] = 2
+
+    @property
+    def advantage(self) -> str:
+        return "maxrl"
 
 
 class SftConfig(Section):

@@ -32,20 +32,25 @@ def token_log_probs(
     return log_probs, entropy if with_entropy else None
 
 
-def _row_blocks(logits: Tensor) -> list[slice]:
+def block_rows(logits: Tensor) -> int:
+    """How many rows of `logits` a block has."""
     elements = BLOCK_ELEMENTS["cpu" if logits.device.type == "cpu" else "cuda"]
-    rows = max(1, elements // max(1, logits.shape[1]))
+    return max(1, elements // max(1, logits.shape[1]))
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    rows = block_rows(logits)
     return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What softmax is computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _scaled(block: Tensor, temperature: float) -> Tensor:
     """The block over the temperature, in at least fp32; at 1 as it is: softmax itself reads it as wide."""
-    return block if temperature == 1.0 else block.to(_wide(block.dtype)) / temperature
+    return block if temperature == 1.0 else block.to(wide_dtype(block.dtype)) / temperature
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -53,7 +58,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        dtype = _wide(logits.dtype)
+        dtype = wide_dtype(logits.dtype)
         n = logits.shape[0]
         log_probs = torch.empty(n, dtype=dtype, device=logits.device)
         entropy = torch.empty(n if with_entropy else 0, dtype=dtype, device=logits.device)
@@ -73,7 +78,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
-        dtype = _wide(logits.dtype)
+        dtype = wide_dtype(logits.dtype)
         in_place = logits.dtype == dtype  # else the block is made wide, and rounded at the end
         for rows in _row_blocks(logits):
             # d log p_y / d z_j = (1[j = y] - p_j) / T

@@ -107,6 +107,7 @@ def _check_rows(
     from hpc_rl.data.prompts import check_rows
     from hpc_rl.data.rows import find_path
     from hpc_rl.data.templates import ChatTemplate
+    from hpc_rl.rewards.base import row_checker
 
     model = loaded.recipe.model
     folder = find_model(model.path, model.revision, site.paths.hf_home)
@@ -137,7 +138,8 @@ def _check_rows(
             )
         files.check(conversation, where)
 
-    check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED, template=template, seen=seen)
+    lacking = None if sft else row_checker(loaded.recipe.reward)
+    check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED, template=template, seen=seen, lacking=lacking)
 
 
 def _padded_family(folder: Path) -> str | None:

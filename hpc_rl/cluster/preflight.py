@@ -132,6 +132,8 @@ def check_packages(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Finding
     rollout = loaded.recipe.rollout
     if rollout is not None:
         needs["rollout"] = {"vllm": ["vllm"], "hf": ["torch", "transformers"]}.get(rollout.engine, [])
+        if any(reward["name"] == "math" for reward in loaded.recipe.reward):
+            needs["rollout"] = [*needs["rollout"], "math_verify"]
     for role, packages in needs.items():
         if plan.group(role).image is not None:
             continue
@@ -167,10 +169,14 @@ def check_extensions(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Findi
             used.append(("rewards", reward["name"], "rollout", ("reward", index, "name")))
     if recipe.simulator is not None:
         used.append(("simulators", recipe.simulator["name"], "rollout", ("simulator", "name")))
-    for kind, name, role, path in used:
+    references = [(registry(kind).member(name).implementation, role, path) for kind, name, role, path in used]
+    for index, reward in enumerate(recipe.reward):
+        if reward["name"] == "python":
+            references.append((reward["function"], "rollout", ("reward", index, "function")))
+    for reference, role, path in references:
         elsewhere = site.python is not None or plan.group(role).image is not None
         try:
-            check_reference(registry(kind).member(name).implementation)
+            check_reference(reference)
         except MissingModule as error:
             if not elsewhere:
                 findings.append(
@@ -178,7 +184,9 @@ def check_extensions(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Findi
                 )
         except MissingAttribute as error:
             findings.append(
-                Finding("error", place(loaded, *path), str(error), "correct the plugin's register(...)")
+                Finding(
+                    "error", place(loaded, *path), str(error), "correct the name in the recipe or the plugin"
+                )
             )
     return findings
 

@@ -7,11 +7,14 @@ mask: the policy only divides. No torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from hpc_rl.algorithms.advantages import group_advantages, has_signal
+from hpc_rl.algorithms.advantages import FloatArray, has_signal, overlong_penalty, step_advantages
+from hpc_rl.algorithms.denominators import step_denominator
 from hpc_rl.bus.messages import MicroBatch, TrainStep
 from hpc_rl.data.packing import pack, pack_fixed
 from hpc_rl.types import PromptGroup, TrainSample, Trajectory
@@ -19,14 +22,32 @@ from hpc_rl.types import PromptGroup, TrainSample, Trajectory
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """What of the recipe decides how a step is packed."""
+    """What of the recipe decides what a step's samples are and how they are packed."""
 
     data_parallel: int
     ranks_per_replica: int  # tp * pp * cp: ranks that see the same samples
     micro_batch_tokens: int | None
     micro_batch_size: int | None
-    normalize_std: bool
-    aggregation: str  # token_mean | sequence_mean
+    aggregation: str  # of algorithms.denominators
+    advantage: str = "group_std"  # of algorithms.advantages
+    loss_length: int | None = None  # what constant_length divides each sequence by
+    drop_zero_variance: bool = False
+    max_tokens: int = 0
+    overlong_buffer: int = 0  # of max_tokens
+
+    @classmethod
+    def of(cls, algorithm: Any, *, max_tokens: int, **packing: Any) -> BatchOptions:
+        """From an algorithm's config (`algorithms.config.RlConfig`, which a plugin's is derived from)."""
+        buffer = algorithm.overlong_buffer
+        return cls(
+            aggregation=algorithm.loss_aggregation,
+            advantage=algorithm.advantage,
+            loss_length=algorithm.loss_length or max_tokens,
+            drop_zero_variance=algorithm.drop_zero_variance,
+            max_tokens=max_tokens,
+            overlong_buffer=max_tokens // 5 if buffer is None else buffer,
+            **packing,
+        )
 
 
 def to_sample(trajectory: Trajectory, advantage: float) -> TrainSample:
@@ -48,24 +69,38 @@ def to_sample(trajectory: Trajectory, advantage: float) -> TrainSample:
     )
 
 
-def make_samples(groups: list[PromptGroup], normalize_std: bool) -> list[TrainSample]:
-    """Advantages per group (they need rewards alone), then one sample per trajectory, in order."""
-    samples = []
-    for group in groups:
-        rewards = np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
-        advantages = group_advantages(rewards, normalize_std=normalize_std)
-        samples += [to_sample(t, float(a)) for t, a in zip(group.trajectories, advantages, strict=True)]
-    return samples
+def raw_rewards(group: PromptGroup) -> FloatArray:
+    """As scored [G]; NaN where that failed."""
+    return np.array([trajectory.reward for trajectory in group.trajectories], dtype=np.float64)
 
 
-def loss_denominator(samples: list[TrainSample], aggregation: str) -> float:
-    """Tokens (token_mean) or non-empty sequences (sequence_mean) of the whole optimizer step."""
-    tokens = [sum(sample.loss_mask) for sample in samples]
-    if aggregation == "token_mean":
-        return float(sum(tokens))
-    if aggregation == "sequence_mean":
-        return float(sum(1 for count in tokens if count))
-    raise ValueError(f"unknown loss aggregation {aggregation!r}; known: token_mean, sequence_mean")
+def shaped_rewards(group: PromptGroup, options: BatchOptions) -> FloatArray:
+    """What the advantages are of [G]: the rewards, less for answers close to the limit if so asked."""
+    lengths = [len(trajectory.token_ids) for trajectory in group.trajectories]
+    return raw_rewards(group) + overlong_penalty(lengths, options.max_tokens, options.overlong_buffer)
+
+
+def kept_groups(groups: list[PromptGroup], options: BatchOptions) -> list[PromptGroup]:
+    """Those that are trained: all, or (`drop_zero_variance`) those whose answers were scored differently."""
+    if not options.drop_zero_variance:
+        return groups
+    return [group for group in groups if has_signal(raw_rewards(group))]
+
+
+def make_samples(groups: list[PromptGroup], options: BatchOptions) -> list[TrainSample]:
+    """Advantages (they need rewards alone), then one sample per trajectory, in order."""
+    kept = kept_groups(groups, options)
+    advantages = step_advantages(options.advantage, [shaped_rewards(group, options) for group in kept])
+    return [
+        to_sample(trajectory, float(advantage))
+        for group, values in zip(kept, advantages, strict=True)
+        for trajectory, advantage in zip(group.trajectories, values, strict=True)
+    ]
+
+
+def loss_denominator(samples: list[TrainSample], aggregation: str, loss_length: int | None = None) -> float:
+    """What the loss of the whole optimizer step is divided by (`algorithms.denominators`)."""
+    return step_denominator((sum(sample.loss_mask) for sample in samples), aggregation, loss_length)
 
 
 def train_steps(step: int, samples: list[TrainSample], options: BatchOptions) -> list[TrainStep]:
@@ -74,7 +109,7 @@ def train_steps(step: int, samples: list[TrainSample], options: BatchOptions) ->
     A step without a single token to train on (all its prompts dropped, all answers empty or unscored) has
     no micro-batches and denominator 0: the policy counts it and changes nothing.
     """
-    denominator = loss_denominator(samples, options.aggregation)
+    denominator = loss_denominator(samples, options.aggregation, options.loss_length)
     if denominator == 0:
         return [TrainStep(step) for _ in range(options.data_parallel * options.ranks_per_replica)]
     lengths = [len(sample.token_ids) for sample in samples]
@@ -107,19 +142,30 @@ class PreparedStep:
 
     @classmethod
     def of(cls, step: int, groups: list[PromptGroup], options: BatchOptions) -> PreparedStep:
-        samples = make_samples(groups, options.normalize_std)
-        return cls(step, train_steps(step, samples, options), rollout_metrics(groups, step - 1))
+        samples = make_samples(groups, options)
+        signal = groups_with_signal(groups, samples)
+        return cls(step, train_steps(step, samples, options), rollout_metrics(groups, step - 1, signal))
 
 
-def rollout_metrics(groups: list[PromptGroup], version: int) -> dict[str, float]:
-    """What the batch says of the rollouts: rewards, lengths, staleness against `version`."""
+def groups_with_signal(groups: list[PromptGroup], samples: list[TrainSample]) -> list[bool]:
+    """For each group whether any of its samples has an advantage other than 0."""
+    taught = {sample.ordinal for sample in samples if any(sample.advantages)}
+    return [group.prompt.ordinal in taught for group in groups]
+
+
+def rollout_metrics(
+    groups: list[PromptGroup], version: int, signal: Sequence[bool] | None = None
+) -> dict[str, float]:
+    """What the batch says of the rollouts: rewards, lengths, staleness against `version`. `signal` tells
+    which groups teach something (default: those whose answers differ in reward)."""
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
         return {}
     rewards = np.array([t.reward for t in trajectories])  # NaN: could not be scored
     lengths = np.array([len(t.token_ids) for t in trajectories])
     stale = np.array([version - t.oldest_version for t in trajectories])
-    signal = [has_signal([t.reward for t in group.trajectories]) for group in groups]
+    if signal is None:
+        signal = [has_signal(raw_rewards(group)) for group in groups]
     metrics = {
         "rollout/reward_mean": float(np.nanmean(rewards)),
         "rollout/reward_std": float(np.nanstd(rewards)),
@@ -136,4 +182,5 @@ def rollout_metrics(groups: list[PromptGroup], version: int) -> dict[str, float]
     for name in sorted({name for t in trajectories for name in t.rewards}):
         scores = [t.rewards[name] for t in trajectories if name in t.rewards]
         metrics[f"reward/{name}"] = float(np.mean(scores))
+        metrics[f"reward/{name}_unscored"] = 1.0 - len(scores) / len(trajectories)
     return metrics

@@ -73,13 +73,13 @@ class RlController(Controller):
         self.window = PromptWindow(per_step, self.algorithm.max_staleness, total)
         self.total_steps = self.window.total_steps
         mesh = self.plan.mesh
-        self.packing = BatchOptions(
+        self.packing = BatchOptions.of(
+            self.algorithm,
+            max_tokens=self.rollout.max_tokens,
             data_parallel=mesh.dp_replicate * mesh.dp_shard,
             ranks_per_replica=mesh.tp * mesh.pp * mesh.cp,
             micro_batch_tokens=recipe.policy.micro_batch_tokens,
             micro_batch_size=recipe.policy.micro_batch_size,
-            normalize_std=self.algorithm.normalize_std,
-            aggregation=self.algorithm.loss_aggregation,
         )
         self.evaluator = self._make_evaluator(base)
         self.recorder = make_recorder(self.role, self.total_steps, restored=step)
@@ -270,7 +270,8 @@ class RlController(Controller):
         if not ready.empty:
             return
         reasons = (
-            "; ".join(sorted(set(drops.values()))[:3]) or "all answers empty, unscored or without log-probs"
+            "; ".join(sorted(set(drops.values()))[:3])
+            or "all answers empty, unscored, alike in reward or without log-probs"
         )
         self.events.append("step_skipped", step=ready.step, dropped=len(drops), reasons=reasons)
         LOG.warning("step %d has nothing to train on and changes no weight: %s", ready.step, reasons)

@@ -81,11 +81,13 @@ def check_rows(
     max_rows: int | None = None,
     template: ChatTemplate | None = None,
     seen: Callable[[Conversation, str], None] | None = None,
+    lacking: Callable[[str | None, dict[str, Any]], str | None] | None = None,
 ) -> int:
     """Read the first `max_rows` rows (null: all) as the run will; return how many were read.
 
-    With the model's `template`, chats are rendered as well; `seen` is told of each. Raises DataError
-    naming file, row number and column or message and role for the first row that does not fit.
+    With the model's `template`, chats are rendered as well; `seen` is told of each. `lacking` says what the
+    rewards miss in a row's answer and fields. Raises DataError naming file, row number and column or message
+    and role for the first row that does not fit.
     """
     count = len(rows) if max_rows is None else min(max_rows, len(rows))
     for index in range(count):
@@ -93,7 +95,10 @@ def check_rows(
         if sft:
             check_sft_row(rows[index], spec, where, template, seen)
         else:
-            prompt_of(rows[index], spec, where)
+            _, answer, fields = prompt_of(rows[index], spec, where)
+            problem = lacking(answer, fields) if lacking is not None else None
+            if problem is not None:
+                raise DataError(f"{where}: {problem}")
     return count
 
 

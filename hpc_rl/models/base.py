@@ -57,6 +57,22 @@ class ModelAdapter(Protocol):
         has one entry per sequence of the row (None: all are text)."""
         ...
 
+    def log_probs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keep: Tensor,
+        media: Sequence[Media | None] | None,
+        targets: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(log_probs [N], entropy [N] or None)` of `targets` [N] after the positions `keep` of the row of
+        `logits`, in fp32, without logits of all of them where the head allows it. `weights` [N] are for a
+        loss that is a multiple of their sum with the log-probs (`algorithms.chunked_head`)."""
+        ...
+
     def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """A `weights.WeightSource`: full tensors under the names of the safetensors file."""
         ...

@@ -19,9 +19,10 @@ _ROLES = ("controller", "policy", "rollout")
 
 def advice(loaded: LoadedRecipe, placement: Placement, *, here: bool = False) -> list[str]:
     """One line each. `here`: inside an allocation, which has a time of its own."""
+    always = [*_warmup(loaded), *_experts(loaded), *_uncorrected(loaded)]
     if placement == "local":
-        return [*_warmup(loaded), *_experts(loaded), *_ignored(loaded)]
-    return [*_warmup(loaded), *_experts(loaded), *([] if here else _time(loaded))]
+        return [*always, *_ignored(loaded)]
+    return [*always, *([] if here else _time(loaded))]
 
 
 def _time(loaded: LoadedRecipe) -> Iterator[str]:
@@ -44,6 +45,21 @@ def _warmup(loaded: LoadedRecipe) -> Iterator[str]:
         yield (
             f"{where}: policy.optimizer.warmup_steps {warmup} is not less than policy.steps {steps}: "
             "the learning rate never reaches policy.optimizer.lr"
+        )
+
+
+def _uncorrected(loaded: LoadedRecipe) -> Iterator[str]:
+    """Samples of an older policy, trained as if they were of the newest one."""
+    algorithm = loaded.recipe.algorithm
+    correction, staleness = algorithm.get("correction"), algorithm.get("max_staleness")
+    if not isinstance(correction, dict) or not isinstance(staleness, int) or staleness == 0:
+        return
+    if correction.get("kind") == "none":
+        where = loaded.where("algorithm", "correction", "kind")
+        yield (
+            f"{where}: algorithm.correction.kind none with algorithm.max_staleness {staleness}: samples "
+            f"up to {staleness} versions old are trained as if they were new; set max_staleness to 0, or the "
+            "kind to tis, icepop or sequence_mask"
         )
 
 

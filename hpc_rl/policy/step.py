@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_rl.algorithms.base import Algorithm, LossOutput
-from hpc_rl.algorithms.log_probs import token_log_probs
+from hpc_rl.algorithms.chunked_head import WeightedSum
 from hpc_rl.data.errors import DataError
 from hpc_rl.models.base import ModelAdapter
 from hpc_rl.policy.batching import PackedBatch, pack_samples
@@ -91,6 +91,9 @@ class Reduced:
         for name, value in self.sums.items():
             if name not in totals and name != "squares":
                 found[f"train/{name}"] = value / tokens
+        if square := found.pop("train/importance_square", 0.0):
+            # Kish: how many of the tokens, weighted by exp(l - m), are worth as much; 1 is on-policy.
+            found["train/ess"] = found["train/importance_mean"] ** 2 / square
         return found | {f"train/{name}": value for name, value in self.maxima.items()}
 
 
@@ -115,9 +118,18 @@ class StepRunner:
         return totals
 
     def _log_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        logits = self.model.logits(batch.input_ids, batch.position_ids, batch.keep, batch.media)
-        return token_log_probs(
-            logits, batch.tokens.targets, self.algorithm.temperature, self.algorithm.needs_entropy
+        algorithm, tokens = self.algorithm, batch.tokens
+        # Where they are known the head makes its gradients in the forward, which saves one of its products.
+        weights = algorithm.log_prob_weights(tokens) if isinstance(algorithm, WeightedSum) else None
+        return self.model.log_probs(
+            batch.input_ids,
+            batch.position_ids,
+            batch.keep,
+            batch.media,
+            tokens.targets,
+            algorithm.temperature,
+            algorithm.needs_entropy,
+            weights,
         )
 
     @torch.no_grad()

@@ -68,6 +68,7 @@ AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
     ("rollout", "max_model_len"): (("rollout", "max_tokens"), ("model", "path")),
     ("rollout", "max_tokens"): (("model", "path"),),
     ("algorithm", "temperature"): (("rollout", "engine"),),
+    ("algorithm", "overlong_buffer"): (("rollout", "max_tokens"),),
     ("cluster", "signal_seconds"): (("cluster", "time"),),
     ("cluster", "time"): (("cluster", "site"),),
     # rows are judged by all keys of their section
@@ -294,6 +295,15 @@ def _rollout(recipe: Recipe) -> Found:
         )
     if rollout.weights.lora == "adapter" and recipe.model.lora is None:
         yield ("rollout", "weights", "lora"), "is 'adapter'; there is none without model.lora"
+    buffer = recipe.algorithm.get("overlong_buffer", 0)
+    if isinstance(buffer, int) and buffer > rollout.max_tokens:
+        yield (
+            ("algorithm", "overlong_buffer"),
+            f"is {buffer}; must be at most rollout.max_tokens, which is {rollout.max_tokens}",
+        )
+    if buffer != 0 and any(item.get("name") == "overlong" for item in recipe.reward):
+        text = "shapes the rewards of long answers, as the reward overlong does: use only one of them"
+        yield ("algorithm", "overlong_buffer"), text
     hottest, temperature = MAX_TEMPERATURE.get(rollout.engine), recipe.algorithm.get("temperature")
     if hottest is not None and isinstance(temperature, int | float) and temperature > hottest:
         yield (

@@ -45,16 +45,40 @@ class UnknownExtension(ValueError):
         self.known = known
 
 
+def _algorithm(implementation: str, config: str) -> Member:
+    return Member(f"hpc_rl.algorithms.{implementation}", f"hpc_rl.algorithms.config:{config}")
+
+
+REWARD_KEYS = ("weight", "limit_s", "memory_gb")
+"""What every item of the recipe's `reward` list may have, beside its name and its own options."""
+
 _BUILT_IN: dict[str, dict[str, Member]] = {
     "algorithms": {
-        "grpo": Member("hpc_rl.algorithms.grpo:Grpo", "hpc_rl.algorithms.config:GrpoConfig"),
-        "sft": Member("hpc_rl.algorithms.sft:Sft", "hpc_rl.algorithms.config:SftConfig"),
+        "grpo": _algorithm("grpo:Grpo", "GrpoConfig"),
+        "dr_grpo": _algorithm("dr_grpo:DrGrpo", "DrGrpoConfig"),
+        "dapo": _algorithm("dapo:Dapo", "DapoConfig"),
+        "gspo": _algorithm("gspo:Gspo", "GspoConfig"),
+        "cispo": _algorithm("cispo:Cispo", "CispoConfig"),
+        "aipo": _algorithm("aipo:Aipo", "AipoConfig"),
+        "rloo": _algorithm("rloo:Rloo", "RlooConfig"),
+        "reinforce_pp": _algorithm("reinforce_pp:ReinforcePp", "ReinforcePpConfig"),
+        "reinforce_pp_baseline": _algorithm("reinforce_pp:ReinforcePp", "ReinforcePpBaselineConfig"),
+        "maxrl": _algorithm("maxrl:MaxRl", "MaxRlConfig"),
+        "sft": _algorithm("sft:Sft", "SftConfig"),
     },
     "rewards": {
         "gsm8k": Member("hpc_rl.rewards.gsm8k:Gsm8k", "hpc_rl.rewards.config:Gsm8kConfig"),
         "format": Member("hpc_rl.rewards.format:Format", "hpc_rl.rewards.config:FormatConfig"),
         "exact": Member("hpc_rl.rewards.exact:Exact", "hpc_rl.rewards.config:ExactConfig"),
         "contains": Member("hpc_rl.rewards.contains:Contains", "hpc_rl.rewards.config:ContainsConfig"),
+        "math": Member("hpc_rl.rewards.math:Math", "hpc_rl.rewards.config:MathConfig"),
+        "boxed": Member("hpc_rl.rewards.boxed:Boxed", "hpc_rl.rewards.config:BoxedConfig"),
+        "single_choice": Member(
+            "hpc_rl.rewards.single_choice:SingleChoice", "hpc_rl.rewards.config:SingleChoiceConfig"
+        ),
+        "overlong": Member("hpc_rl.rewards.overlong:Overlong", "hpc_rl.rewards.config:OverlongConfig"),
+        "code": Member("hpc_rl.rewards.code:Code", "hpc_rl.rewards.config:CodeConfig"),
+        "python": Member("hpc_rl.rewards.python:Python", "hpc_rl.rewards.config:PythonConfig"),
     },
     "engines": {
         "vllm": Member("hpc_rl.rollout.engines.vllm:VllmEngine", "hpc_rl.rollout.engines.config:VllmOptions"),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rl.recipe.checks import blamed, cross_checks
-from hpc_rl.recipe.extensions import UnknownExtension, options_of, registry
+from hpc_rl.recipe.extensions import REWARD_KEYS, UnknownExtension, options_of, registry
 from hpc_rl.recipe.layers import apply_overrides, find_recipe, read_layers
 from hpc_rl.recipe.messages import validate
 from hpc_rl.recipe.plugins import PluginError, copy_plugins, import_plugin, is_file_plugin, locate
@@ -135,11 +136,10 @@ class _Extensions:
             recipe.algorithm = {"name": "sft"}
         recipe.algorithm = self._section("algorithms", recipe.algorithm, ("algorithm",))
         for index, item in enumerate(recipe.reward):
-            weight = item.get("weight", 1.0)
-            if isinstance(weight, bool) or not isinstance(weight, int | float):
-                self._bad("must be a number", "reward", index, "weight")
-            section = self._section("rewards", item, ("reward", index))
-            recipe.reward[index] = {"name": section.pop("name"), "weight": weight, **section}
+            common = self._common(item, index)
+            options = {key: value for key, value in item.items() if key not in ("limit_s", "memory_gb")}
+            section = self._section("rewards", options, ("reward", index))
+            recipe.reward[index] = {"name": section.pop("name"), **common, **section}
         if recipe.simulator is not None:
             recipe.simulator = self._section("simulators", recipe.simulator, ("simulator",))
         policy, rollout = recipe.policy, recipe.rollout
@@ -156,6 +156,16 @@ class _Extensions:
                 self._options("transports", transport, {}, at, at)
         return self.problems
 
+    def _common(self, item: dict[str, Any], index: int) -> dict[str, Any]:
+        """What every reward may say: its weight, and its limits where they are written."""
+        common = {"weight": 1.0, **{key: item[key] for key in REWARD_KEYS if key in item}}
+        for key, value in common.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                self._bad("must be a number", "reward", index, key)
+            elif key != "weight" and not (0 < value < math.inf):
+                self._bad("must be greater than 0", "reward", index, key)
+        return common
+
     def _bad(self, message: str, *path: str | int) -> None:
         self.problems.append(_at(self.source, path, message))
 
@@ -165,7 +175,7 @@ class _Extensions:
         if not isinstance(name, str):
             self._bad("is required and missing" if name is None else "must be text", *path, "name")
             return {"name": name}
-        also = ("name", "weight") if kind == "rewards" else ("name",)
+        also = ("name", *REWARD_KEYS) if kind == "rewards" else ("name",)
         return {"name": name, **self._options(kind, name, mapping, path, path, also)}
 
     def _options(

@@ -6,6 +6,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from hpc_rl.rewards.answers import plain_signs
 from hpc_rl.rewards.config import Gsm8kConfig
 
 # At most 40 digits: what is longer is no answer, and huge numbers would make the comparison slow.
@@ -17,6 +18,7 @@ def number_of(text: str, where: str) -> Decimal | None:
 
     A dollar sign, thousands commas, a sign and trailing text such as units are allowed.
     """
+    text = plain_signs(text)
     if where == "hashes":
         _, mark, rest = text.rpartition("####")
         if not mark:
@@ -44,7 +46,7 @@ class Gsm8k:
         expected = number_of(answer, self.config.reference)
         if expected is None:  # prepared data often holds the bare number
             try:
-                expected = _decimal(answer.strip())
+                expected = _decimal(plain_signs(answer).strip())
             except ArithmeticError as error:
                 raise ValueError(f"no number in the row's answer {answer[-60:]!r}") from error
         return float(number_of(response, self.config.response) == expected)

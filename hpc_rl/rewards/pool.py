@@ -1,7 +1,8 @@
 """The scorer pool: a few scorer processes beside a replica, each with one sample at a time.
 
-The deadline of a sample starts when a scorer takes it up, not while it waits. A scorer that hangs or
-dies is killed and replaced; its sample gets no score (`Scored.error`) and is counted.
+The deadline of a reward starts when a scorer takes it up, not while it waits for a scorer or behind the
+other rewards. A scorer that hangs or dies is killed and replaced; its sample gets no score
+(`Scored.error`), and `Scored.failed` names the reward. One that died between two samples costs none.
 """
 
 from __future__ import annotations
@@ -17,24 +18,31 @@ from typing import Any
 
 import msgspec
 
-from hpc_rl.rewards.base import RewardError, RewardSpec
-from hpc_rl.rewards.wire import Ready, Reply, Request, Setup
+from hpc_rl.rewards.base import RewardError, RewardSpec, SampleInfo
+from hpc_rl.rewards.wire import Began, Ready, Reply, Request, Setup
 
 START_S = 60.0
+TAKE_UP_S = 30.0
 LINE_LIMIT = 64 << 20
 
 
 @dataclass
 class Scored:
-    """The scores of one sample by reward key, their weighted sum, and why there are none."""
+    """The scores of one sample by reward key, their weighted sum, why there is no sum, and the keys of
+    the rewards that failed."""
 
     scores: dict[str, float] = field(default_factory=dict)
     total: float = 0.0
     error: str = ""
+    failed: tuple[str, ...] = ()
 
 
 class ScorerFailed(RuntimeError):
-    """The scorer died or was killed while it had a sample."""
+    """The scorer died, was killed or is to be killed. `key` is the reward that ran; "" if none had begun."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class _Scorer:
@@ -59,25 +67,49 @@ class _Scorer:
         scorer = cls(process)
         try:
             async with asyncio.timeout(START_S):
-                ready = msgspec.json.decode(await scorer._exchange(msgspec.json.encode(setup)), type=Ready)
+                await scorer._write(msgspec.json.encode(setup))
+                ready = msgspec.json.decode(await scorer._read(), type=Ready)
         except (TimeoutError, ScorerFailed) as error:
             await scorer.kill()
             raise RewardError(f"a scorer process did not start within {START_S:.0f} s: {error}") from error
+        except asyncio.CancelledError:
+            await scorer.kill()
+            raise
         if ready.error:
             await scorer.kill()
             raise RewardError(f"the rewards cannot be made: {ready.error}")
         return scorer
 
-    async def ask(self, request: Request, limit_s: float) -> Reply:
-        """Raises TimeoutError or ScorerFailed; the scorer is then of no further use."""
-        async with asyncio.timeout(limit_s):
-            line = await self._exchange(msgspec.json.encode(request))
-        return msgspec.json.decode(line, type=Reply)
+    async def ask(self, request: Request, limits: dict[str, float]) -> Reply:
+        """`limits`: seconds per reward. Raises ScorerFailed; the scorer is then of no further use."""
+        key = ""
+        try:
+            async with asyncio.timeout(TAKE_UP_S):
+                await self._write(msgspec.json.encode(request))
+                line = await self._read()
+            while not isinstance(message := msgspec.json.decode(line, type=Began | Reply), Reply):
+                key = message.key
+                async with asyncio.timeout(limits[key]):
+                    line = await self._read()
+        except TimeoutError as error:
+            if not key:
+                raise ScorerFailed(f"a scorer took no sample within {TAKE_UP_S:.0f} s") from error
+            raise ScorerFailed(f"reward {key!r} took more than {limits[key]:g} s", key) from error
+        except ScorerFailed as error:
+            raise ScorerFailed(f"reward {key!r}: {error}" if key else str(error), key) from error
+        except msgspec.DecodeError as error:
+            raise ScorerFailed(f"a scorer wrote no message: {error}", key) from error
+        return message
 
-    async def _exchange(self, data: bytes) -> bytes:
+    async def _write(self, data: bytes) -> None:
         try:
             self._in.write(data + b"\n")
             await self._in.drain()
+        except ConnectionError as error:
+            raise ScorerFailed(str(error)) from error
+
+    async def _read(self) -> bytes:
+        try:
             line = await self._out.readline()
         except (ConnectionError, ValueError) as error:  # ValueError: a line beyond the limit
             raise ScorerFailed(str(error)) from error
@@ -93,7 +125,7 @@ class _Scorer:
 
 
 class ScorerPool:
-    """`size` scorer processes. Use from one event loop."""
+    """`size` scorer processes. Use from one event loop. `limit_s` overrides the rewards' own limits."""
 
     def __init__(
         self,
@@ -102,12 +134,12 @@ class ScorerPool:
         plugins: Sequence[str] = (),
         code: str = "",
         size: int = 2,
-        limit_s: float = 30.0,
+        limit_s: float | None = None,
     ) -> None:
         self._setup = Setup(list(specs), list(plugins), code)
         self._weights = {spec.key: spec.weight for spec in specs}
+        self._limits = {spec.key: spec.limit_s if limit_s is None else limit_s for spec in specs}
         self._size = size
-        self._limit_s = limit_s
         self._free: asyncio.Queue[_Scorer | None] = asyncio.Queue()
         self._all: set[_Scorer] = set()
         self._number = 0
@@ -126,26 +158,35 @@ class ScorerPool:
         return scorer
 
     async def score(
-        self, prompt: str, response: str, answer: str | None, fields: dict[str, Any] | None = None
+        self,
+        prompt: str,
+        response: str,
+        answer: str | None,
+        fields: dict[str, Any] | None = None,
+        sample: SampleInfo | None = None,
     ) -> Scored:
         """Score one sample; a failure is in `Scored.error` and in the counters, not raised."""
         scorer = await self._free.get()
         self._number += 1
-        request = Request(self._number, prompt, response, answer, fields or {})
+        request = Request(self._number, prompt, response, answer, fields or {}, sample)
         try:
-            if scorer is None:
-                scorer = await self._new()
-            reply = await scorer.ask(request, self._limit_s)
-        except TimeoutError:
-            await self._discard(scorer)
-            scorer = None
-            return self._failed(f"the rewards took more than {self._limit_s:g} s")
-        except (ScorerFailed, msgspec.DecodeError) as error:
-            await self._discard(scorer)
-            scorer = None
-            return self._failed(str(error))
+            reply = None
+            while reply is None:
+                used = scorer is not None
+                scorer = scorer or await self._new()
+                try:
+                    reply = await scorer.ask(request, self._limits)
+                except ScorerFailed as error:
+                    await self._discard(scorer)
+                    scorer = None
+                    if error.key or not used:
+                        return self._failed({error.key: str(error)}, {})
+                    # It died after its last sample, so not of this one: a new process takes it.
+            if reply.retire:
+                await self._discard(scorer, killed=False)
+                scorer = None
         except RewardError as error:  # a replacement did not start
-            return self._failed(str(error))
+            return self._failed({"": str(error)}, {})
         except asyncio.CancelledError:
             await self._discard(scorer)
             scorer = None  # its reply would be read by the next request
@@ -154,18 +195,19 @@ class ScorerPool:
             self._free.put_nowait(scorer)
         if reply.number != request.number:
             raise RewardError(f"scorer answered sample {reply.number} instead of {request.number}")
-        if reply.error:
-            return self._failed(reply.error)
+        if reply.errors:
+            return self._failed(reply.errors, reply.scores)
         total = sum(self._weights[key] * value for key, value in reply.scores.items())
         return Scored(reply.scores, total)
 
-    def _failed(self, error: str) -> Scored:
+    def _failed(self, errors: dict[str, str], scores: dict[str, float]) -> Scored:
         self.failures += 1
-        return Scored(error=error)
+        keys = tuple(key for key in errors if key)
+        return Scored(scores, error="; ".join(errors.values()), failed=keys)
 
-    async def _discard(self, scorer: _Scorer | None) -> None:
+    async def _discard(self, scorer: _Scorer | None, *, killed: bool = True) -> None:
         if scorer is not None:
-            self.kills += 1
+            self.kills += killed
             self._all.discard(scorer)
             await scorer.kill()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_rl.rewards.base import RewardSpec
+from hpc_rl.rewards.base import RewardSpec, SampleInfo
 
 
 class Setup(msgspec.Struct):
@@ -29,11 +29,21 @@ class Request(msgspec.Struct):
     response: str
     answer: str | None
     fields: dict[str, Any] = {}
+    sample: SampleInfo | None = None
 
 
-class Reply(msgspec.Struct):
-    """`scores` by reward key; `error` (then no scores) says which reward failed and why."""
+class Began(msgspec.Struct, tag="began"):
+    """The reward `key` runs from now on: its deadline starts, and what happens until the next line is its."""
+
+    number: int
+    key: str
+
+
+class Reply(msgspec.Struct, tag="reply"):
+    """`scores` by reward key, `errors` of the rewards that failed. With `retire` the process is to be
+    replaced: it holds so much memory that the next sample would be short of it."""
 
     number: int
     scores: dict[str, float] = {}
-    error: str = ""
+    errors: dict[str, str] = {}
+    retire: bool = False

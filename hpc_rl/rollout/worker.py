@@ -16,6 +16,7 @@ from typing import Any
 
 from hpc_rl.bus import messages as m
 from hpc_rl.recipe.schema import DatasetSpec
+from hpc_rl.rewards.base import SampleInfo
 from hpc_rl.rewards.pool import Scored, ScorerPool
 from hpc_rl.roles import RoleProcess
 from hpc_rl.rollout.engine import Engine, EngineError, PromptError, Sample, make_engine
@@ -162,7 +163,10 @@ class Worker:
         texts = [self.codec.decode(sample.token_ids) for sample in samples]
         question = prompt_text(prompt.content)
         scored = await asyncio.gather(
-            *(self.pool.score(question, text, prompt.answer, prompt.fields) for text in texts)
+            *(
+                self.pool.score(question, text, prompt.answer, prompt.fields, self._info(request, sample))
+                for text, sample in zip(texts, samples, strict=True)
+            )
         )
         errors = [score.error for score in scored if score.error]
         if len(errors) == len(scored):
@@ -194,6 +198,10 @@ class Worker:
             group=PromptGroup(prompt, trajectories),
             metrics=metrics,
         )
+
+    @staticmethod
+    def _info(request: m.Generate, sample: Sample) -> SampleInfo:
+        return SampleInfo(len(sample.token_ids), sample.finish, request.sampling.max_tokens)
 
     def _trajectory(
         self,

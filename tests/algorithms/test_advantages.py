@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_rl.algorithms.advantages import group_advantages, has_signal
+from hpc_rl.algorithms.advantages import (
+    ESTIMATORS,
+    group_advantages,
+    has_signal,
+    overlong_penalty,
+    step_advantages,
+)
 
 REWARDS = st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=2, max_size=16)
 
@@ -43,3 +49,74 @@ def test_unscored_samples_do_not_touch_the_others() -> None:
     np.testing.assert_array_equal(group_advantages([float("nan"), 1.0]), [0.0, 0.0])
     with pytest.raises(ValueError, match="infinite"):
         group_advantages([1.0, float("inf")])
+
+
+NAN = float("nan")
+
+
+def written(estimator: str, groups: list[list[float]]) -> list[list[float]]:
+    """The papers' formulas, one answer at a time; none is given for a NaN reward."""
+    scored = [[r for r in group if r == r] for group in groups]
+    everything = [r for group in scored for r in group]
+    centred = [r - np.mean(group) for group in scored for r in group]
+    result = []
+    for group, usable in zip(groups, scored, strict=True):
+        row = []
+        for i, reward in enumerate(group):
+            others = [r for j, r in enumerate(group) if j != i and r == r]
+            match estimator:
+                case "group_std":
+                    row.append((reward - np.mean(usable)) / np.std(usable, ddof=1))
+                case "group_mean":
+                    row.append(reward - np.mean(usable))
+                case "rloo":
+                    row.append(reward - np.mean(others))
+                case "maxrl":
+                    row.append((reward - np.mean(usable)) / np.mean(usable))
+                case "batch_std":
+                    row.append((reward - np.mean(everything)) / np.std(everything, ddof=1))
+                case "group_mean_batch_std":
+                    row.append((reward - np.mean(usable)) / np.std(centred, ddof=1))
+        result.append([0.0 if a != a else float(a) for a in row])
+    return result
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_is_its_written_formula(estimator: str) -> None:
+    groups = [[1.0, 0.0, 0.0, 0.5], [0.25, 1.0], [2.0, NAN, 1.0, 0.0]]
+    found = step_advantages(estimator, groups)
+    for ours, theirs in zip(found, written(estimator, groups), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-12)  # eps 1e-6 in the divisors
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_equal_rewards_everywhere_teach_nothing(estimator: str) -> None:
+    for found in step_advantages(estimator, [[0.3, 0.1 + 0.2, 0.3], [0.3, NAN], [NAN, NAN]]):
+        assert not found.any()
+    assert step_advantages(estimator, []) == []
+
+
+@pytest.mark.parametrize("estimator", sorted(set(ESTIMATORS) - {"batch_std"}))
+def test_a_group_of_equal_rewards_has_none_beside_others(estimator: str) -> None:
+    flat, mixed = step_advantages(estimator, [[1.0, 1.0], [1.0, 0.0]])
+    assert not flat.any()
+    assert mixed[0] > 0 > mixed[1]
+
+
+def test_whitening_over_the_batch_needs_no_groups() -> None:
+    found = step_advantages("batch_std", [[1.0], [0.0], [0.0], [1.0]])
+    np.testing.assert_allclose(np.concatenate(found), np.array([1, -1, -1, 1]) * np.sqrt(3) / 2, rtol=1e-5)
+
+
+def test_what_an_estimator_cannot_do_is_said() -> None:
+    with pytest.raises(ValueError, match=r"unknown advantage 'gae'; known: group_std, .*maxrl"):
+        step_advantages("gae", [[1.0]])
+    with pytest.raises(ValueError, match=r"maxrl divides by the mean reward, and one is -0\.5"):
+        step_advantages("maxrl", [[1.0, -0.5]])
+
+
+def test_the_penalty_of_long_answers() -> None:
+    """DAPO's numbers: a limit of 20,480 of which the last 4,096 are punished."""
+    found = overlong_penalty([100, 16_384, 18_432, 20_480, 30_000], 20_480, 4096)
+    np.testing.assert_allclose(found, [0, 0, -0.5, -1, -1])
+    assert not overlong_penalty([5, 20], 20, 0).any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,40 +14,10 @@ from hpc_rl.algorithms.base import TokenBatch, loss_denominator
 from hpc_rl.algorithms.config import Correction, GrpoConfig
 from hpc_rl.algorithms.grpo import Grpo, grpo_loss
 from hpc_rl.algorithms.sft import Sft
+from tests.algorithms.batches import make_batch, split
 
 torch.set_num_threads(1)
 AGGREGATIONS = ("token_mean", "sequence_mean")
-
-
-def make_batch(
-    lengths: list[int], seed: int, dtype: torch.dtype = torch.float64
-) -> tuple[TokenBatch, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    n = sum(lengths)
-    draw = lambda: torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
-    log_probs = draw() - 3
-    sampler = log_probs + 0.4 * draw()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64).to(dtype)[sequence]
-    mask = (torch.rand(n, generator=generator) > 0.3).to(dtype)
-    targets = torch.zeros(n, dtype=torch.long)
-    batch = TokenBatch(targets, mask, sequence, len(lengths), 0.0, sampler, advantages)
-    return batch, log_probs.requires_grad_()
-
-
-def split(batch: TokenBatch, parts: list[list[int]]) -> list[tuple[TokenBatch, torch.Tensor]]:
-    """The batch's sequences dealt into micro-batches; with each the indices of its tokens."""
-    result = []
-    for part in parts:
-        index = torch.cat(
-            [torch.nonzero(batch.sequence == s).flatten() for s in part] or [torch.empty(0).long()]
-        )
-        order = {s: i for i, s in enumerate(part)}
-        sequence = torch.tensor([order[int(s)] for s in batch.sequence[index]], dtype=torch.long)
-        pieces = [t[index] for t in (batch.sampler_log_probs, batch.advantages)]
-        micro = TokenBatch(batch.targets[index], batch.mask[index], sequence, len(part), 0.0, *pieces)
-        result.append((micro, index))
-    return result
 
 
 @settings(max_examples=60, deadline=None)
@@ -192,3 +164,27 @@ def test_options_that_do_nothing_are_refused() -> None:
         GrpoConfig(correction=Correction(kind="none"))
     with pytest.raises(ValueError, match="kl_beta"):
         Grpo(GrpoConfig(kl_beta=0.1))
+
+
+def test_tokens_at_the_floor_of_dual_clip_are_counted_as_clipped() -> None:
+    batch, log_probs = make_batch([3], seed=0)
+    batch.mask, batch.denominator = torch.ones(3, dtype=torch.float64), 3.0
+    batch.advantages = torch.tensor([-1.0, -1.0, 1.0]).double()
+    batch.sampler_log_probs = log_probs.detach() - torch.tensor([3.0, 1.5, 1.5]).double().log()
+    output = grpo_loss(batch, log_probs, GrpoConfig())  # ratios 3, 1.5, 1.5; cap 2
+    (grad,) = torch.autograd.grad(output.loss, log_probs)
+    assert [bool(g) for g in grad] == [False, True, False]
+    assert float(output.sums["clip_fraction"]) == 2
+
+
+def test_several_steps_per_batch_take_the_ratio_to_the_start() -> None:
+    config = GrpoConfig(proximal="recompute", correction=Correction(kind="none"))
+    batch, log_probs = make_batch([5, 4], seed=5)
+    batch.denominator = loss_denominator([batch], "token_mean")
+    batch.proximal_log_probs = log_probs.detach() - math.log(1.5)  # clipped where the advantage is positive
+    (grad,) = torch.autograd.grad(grpo_loss(batch, log_probs, config).loss, log_probs)
+    assert batch.advantages is not None
+    assert (grad[batch.advantages > 0] == 0).all()
+    kept = (batch.advantages < 0) & (batch.mask > 0)
+    torch.testing.assert_close(grad[kept], -1.5 * batch.advantages[kept] / batch.denominator)
+    assert kept.any()

@@ -79,6 +79,9 @@ def test_names_of_layers_that_are_not_there(folder: Path) -> None:
     ("overrides", "message"),
     [
         (["data.train.prompt=quest"], "row 0 has no column 'quest'; its columns are 'question', 'answer'"),
+        (["reward=[{name: code}]"], "row 0: reward 'code' needs the row's column 'tests'"),
+        (["reward=[{name: python, function: no_such_module_x:f}]"], "there is no module 'no_such_module_x'"),
+        (["reward=[{name: python, function: json:lods}]"], "module 'json' has no 'lods' (did you mean"),
         (["data.train.path=./gone.jsonl"], "gone.jsonl does not exist"),
         (["model.path=./gone"], "gone does not exist"),
         (["model.path=org/not-here"], "org/not-here is neither a folder nor in the Hub cache, and jobs"),

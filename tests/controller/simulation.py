@@ -34,7 +34,13 @@ class SentMessages:
 
 
 def make_controller(
-    folder: Path, *, steps: int, replicas: int, before: bool, checkpoint: dict[str, Any] | None = None
+    folder: Path,
+    *,
+    steps: int,
+    replicas: int,
+    before: bool,
+    checkpoint: dict[str, Any] | None = None,
+    algorithm: dict[str, Any] | None = None,
 ) -> RlController:
     run = RunDir.create(folder, "simulated")
     data = {"format": "prompt_answer", "prompt": "prompt", "answer": "answer"}
@@ -47,7 +53,12 @@ def make_controller(
             "kind": "rl",
             "model": {"path": "none"},
             "data": {name: {"path": str(run.root / f"{name}.jsonl"), **data} for name in ("train", "eval")},
-            "algorithm": {"name": "grpo", "group_size": GROUP_SIZE, "max_staleness": STALENESS},
+            "algorithm": {
+                "name": "grpo",
+                "group_size": GROUP_SIZE,
+                "max_staleness": STALENESS,
+                **(algorithm or {}),
+            },
             "reward": [{"name": "exact"}],
             "policy": {"batch_size": PROMPTS_PER_STEP * GROUP_SIZE, "steps": steps},
             "rollout": {"replicas": replicas, "max_in_flight": 8},
@@ -81,6 +92,7 @@ class Simulation:
         self.policy_version = 0
         self.trained: list[int] = []
         self.staleness = 0
+        self.denominators: set[float] = set()
         self.evaluated: dict[str, set[int]] = defaultdict(set)  # evaluation -> versions that answered
         self.skill: Callable[[int], float] = lambda version: 0.0  # what a version scores in evaluations
 
@@ -113,6 +125,7 @@ class Simulation:
         match inbox.popleft() if inbox else None:
             case m.TrainStep() as command:
                 assert command.step == self.policy_version + 1
+                self.denominators.add(command.denominator)
                 for sample in (s for batch in command.micro_batches for s in batch.samples):
                     self.trained.append(sample.ordinal)
                     self.staleness = max(self.staleness, command.step - 1 - sample.version)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hpc_rl.controller.batch import (
     BatchOptions,
+    PreparedStep,
     loss_denominator,
     make_samples,
     rollout_metrics,
@@ -48,7 +49,6 @@ def options(ranks: int = 1, tokens: int = 64, **changes) -> BatchOptions:  # typ
         "ranks_per_replica": 1,
         "micro_batch_tokens": tokens,
         "micro_batch_size": None,
-        "normalize_std": True,
         "aggregation": "token_mean",
     }
     return BatchOptions(**{**fields, **changes})
@@ -70,7 +70,9 @@ def test_sequences_without_tokens_do_not_count_as_sequences() -> None:
 
 
 def test_a_group_without_variance_has_no_advantage() -> None:
-    flat, mixed = make_samples([group(0, [1.0, 1.0])], True), make_samples([group(1, [1.0, 0.0])], True)
+    flat, mixed = (
+        make_samples([group(i, rewards)], options()) for i, rewards in enumerate(([1.0, 1.0], [1.0, 0.0]))
+    )
     assert all(a == 0 for sample in flat for a in sample.advantages)
     assert mixed[0].advantages[-1] > 0 > mixed[1].advantages[-1]
 
@@ -84,7 +86,7 @@ def test_a_step_with_nothing_to_train_on_goes_to_every_rank_empty() -> None:
 
 def test_an_answer_without_a_score_is_not_in_the_loss() -> None:
     groups = [group(0, [1.0, math.nan, 0.0])]
-    samples = make_samples(groups, True)
+    samples = make_samples(groups, options())
     assert [any(sample.loss_mask) for sample in samples] == [True, False, True]
     scored = [sample for i, sample in enumerate(samples) if i != 1]
     assert loss_denominator(samples, "token_mean") == loss_denominator(scored, "token_mean")
@@ -128,4 +130,43 @@ def test_an_unscored_sample_counts_in_no_mean() -> None:
     metrics = rollout_metrics([scored], version=0)
     assert metrics["rollout/reward_mean"] == metrics["reward/exact"] == 0.5
     assert metrics["rollout/unscored"] == pytest.approx(1 / 3)
-    assert make_samples([scored], True)[1].advantages[-1] == 0
+    assert make_samples([scored], options())[1].advantages[-1] == 0
+
+
+def test_groups_of_equal_scores_leave_before_anything_is_counted() -> None:
+    """DAPO's filter looks at the scores, not at what the length makes of them."""
+    long = group(2, [1.0, 1.0])
+    long.trajectories[0].token_ids, long.trajectories[0].log_probs = list(range(20)), [-0.5] * 20
+    groups = [group(0, [1.0, 1.0]), group(1, [1.0, 0.0]), long]
+    plain = options(max_tokens=20, overlong_buffer=10)
+    filtered = options(max_tokens=20, overlong_buffer=10, drop_zero_variance=True)
+    assert {s.ordinal for s in make_samples(groups, plain)} == {0, 1, 2}
+    prepared = PreparedStep.of(1, groups, filtered)
+    (command,) = prepared.commands
+    assert {s.ordinal for batch in command.micro_batches for s in batch.samples} == {1}
+    assert command.denominator == 8, "two answers of four tokens"
+    assert prepared.metrics["rollout/zero_variance_groups"] == pytest.approx(2 / 3)
+    assert prepared.metrics["rollout/groups"] == 3
+    assert PreparedStep.of(1, [group(0, [1.0, 1.0])], filtered).empty
+
+
+def test_the_reward_falls_towards_the_limit() -> None:
+    """Of two right answers the longer has less; what is logged is the score."""
+    both = group(0, [1.0, 1.0, 0.0])
+    both.trajectories[0].token_ids, both.trajectories[0].log_probs = list(range(18)), [-0.5] * 18
+    prepared = PreparedStep.of(
+        1, [both], options(advantage="group_mean", max_tokens=20, overlong_buffer=4, tokens=128)
+    )
+    samples = [s for batch in prepared.commands[0].micro_batches for s in batch.samples]
+    shaped = [0.5, 1.0, 0.0]
+    assert [s.advantages[-1] for s in samples] == pytest.approx([r - sum(shaped) / 3 for r in shaped])
+    assert prepared.metrics["rollout/reward_mean"] == pytest.approx(2 / 3)
+
+
+def test_advantages_over_the_batch_and_a_constant_length() -> None:
+    groups = [group(0, [1.0]), group(1, [0.0]), group(2, [0.0])]
+    prepared = PreparedStep.of(
+        1, groups, options(advantage="batch_std", aggregation="constant_length", loss_length=50)
+    )
+    assert prepared.commands[0].denominator == 150
+    assert prepared.metrics["rollout/zero_variance_groups"] == 0.0

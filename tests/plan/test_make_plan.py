@@ -101,6 +101,15 @@ def test_a_warmup_that_never_ends_is_a_warning(plan: Make) -> None:
     assert plan("policy.steps=11", "policy.optimizer.warmup_steps=10").warnings == []
 
 
+def test_stale_samples_without_a_correction_are_a_warning(plan: Make) -> None:
+    off = "algorithm={name: grpo, proximal: recompute, correction: {kind: none}, max_staleness: %d}"
+    (warning,) = plan(off % 3).warnings
+    assert (
+        "algorithm.correction.kind none with algorithm.max_staleness 3: samples up to 3 versions" in warning
+    )
+    assert plan(off % 0).warnings == []
+
+
 def test_adapters_of_experts_without_checkpointing_are_a_warning(plan: Make) -> None:
     lora = "model.lora={target_parameters: [experts.down_proj]}"
     (warning,) = [text for text in plan(lora, trainer="fsdp2").warnings if "merged experts" in text]

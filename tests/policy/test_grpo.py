@@ -1,4 +1,4 @@
-"""GRPO in one process: it learns a target that can be checked, and bad numbers are named."""
+"""GRPO and its kin in one process: they learn a target that can be checked, and bad numbers are named."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_rl.algorithms.advantages import group_advantages
+from hpc_rl.algorithms.advantages import step_advantages
 from hpc_rl.bus.messages import MicroBatch, TrainStep
+from hpc_rl.controller.batch import loss_denominator
 from hpc_rl.policy.fsdp2 import Fsdp2Trainer
 from hpc_rl.policy.trainer import NonFiniteError
+from hpc_rl.recipe.extensions import registry
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.types import TrainSample
 from tests.training import make_context, make_plan, make_recipe, make_run
@@ -47,8 +49,11 @@ def sample(trainer: Fsdp2Trainer, temperature: float) -> list[tuple[list[int], l
     return list(zip(answers.tolist(), log_probs.tolist(), strict=True))
 
 
-def make_samples(answers: list[tuple[list[int], list[float]]]) -> tuple[list[TrainSample], float]:
+def make_samples(
+    answers: list[tuple[list[int], list[float]]], advantage: str = "group_std"
+) -> tuple[list[TrainSample], float]:
     rewards = [answer.count(TARGET) / ANSWER for answer, _ in answers]
+    (advantages,) = step_advantages(advantage, [rewards])
     before = len(PROMPT)
     samples = [
         TrainSample(
@@ -57,19 +62,17 @@ def make_samples(answers: list[tuple[list[int], list[float]]]) -> tuple[list[Tra
             token_ids=PROMPT + answer,
             loss_mask=[0] * before + [1] * ANSWER,
             log_probs=[0.0] * before + log_probs,
-            advantages=[0.0] * before + [float(advantage)] * ANSWER,
+            advantages=[0.0] * before + [float(value)] * ANSWER,
         )
-        for number, ((answer, log_probs), advantage) in enumerate(
-            zip(answers, group_advantages(rewards), strict=True)
-        )
+        for number, ((answer, log_probs), value) in enumerate(zip(answers, advantages, strict=True))
     ]
     return samples, sum(rewards) / len(rewards)
 
 
-def step_of(step: int, samples: list[TrainSample]) -> TrainStep:
+def step_of(step: int, samples: list[TrainSample], aggregation: str = "token_mean") -> TrainStep:
     half = len(samples) // 2
-    tokens = float(sum(sum(s.loss_mask) for s in samples))
-    return TrainStep(step, [MicroBatch(samples[:half]), MicroBatch(samples[half:])], tokens)
+    denominator = loss_denominator(samples, aggregation, ANSWER)
+    return TrainStep(step, [MicroBatch(samples[:half]), MicroBatch(samples[half:])], denominator)
 
 
 @pytest.mark.parametrize("proximal", ["sampler", "recompute"])
@@ -89,6 +92,24 @@ def test_it_learns_a_verifiable_target(proximal: str, tiny_model: Path, tmp_path
     trainer.close()
     assert rewards[0] < 0.1
     assert rewards[-1] > 0.9, rewards
+
+
+@pytest.mark.parametrize("name", sorted(set(registry("algorithms").names()) - {"grpo", "sft"}))
+def test_every_algorithm_learns_it(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, tiny_model, name=name)
+    config = registry("algorithms").config(name, {})
+    rewards = []
+    for step in range(1, 41):
+        samples, reward = make_samples(sample(trainer, 1.0), config.advantage)
+        rewards.append(reward)
+        metrics = trainer.train_step(step_of(step, samples, config.loss_aggregation))
+        assert metrics["train/ess"] > 0.999, "on-policy, every token counts"
+        assert metrics["train/clip_fraction"] == metrics["train/dropped_fraction"] == 0.0
+        if rewards[-1] > 0.5:
+            break
+    trainer.close()
+    assert rewards[0] < 0.1
+    assert rewards[-1] > 0.5, rewards
 
 
 def test_stale_samples_are_clipped_and_measured(tiny_model: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def grpo_commands(ranks: int) -> list[list[TrainStep]]:
     generator = torch.Generator().manual_seed(0)
     options = BatchOptions(
         data_parallel=1, ranks_per_replica=ranks, micro_batch_tokens=24, micro_batch_size=None,
-        normalize_std=True, aggregation="token_mean",
+        aggregation="token_mean",
     )  # fmt: skip
     steps = []
     for step in (1, 2):

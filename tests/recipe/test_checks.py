@@ -105,6 +105,14 @@ Wrong = Callable[..., str]
         (["policy.steps=100000000"], "policy.steps: is 100000000; must be at most 99999999"),
         (["policy.batch_size=4294967296"], "policy.batch_size: is 4294967296; must be at most 2147483647"),
         (
+            ["algorithm.overlong_buffer=100", "rollout.max_tokens=99"],
+            "algorithm.overlong_buffer: is 100; must be at most rollout.max_tokens, which is 99",
+        ),
+        (
+            ["algorithm={name: dapo, group_size: 4}", "reward=[{name: exact}, {name: overlong, buffer: 9}]"],
+            "algorithm.overlong_buffer: shapes the rewards of long answers, as the reward overlong does",
+        ),
+        (
             ["rollout.engine=vllm", "algorithm.temperature=2.5"],
             "algorithm.temperature: is 2.5; rollout.engine vllm takes at most 2",
         ),
@@ -146,6 +154,8 @@ Wrong = Callable[..., str]
         ),
         (["cluster.variables={a-b: x}"], "cluster.variables.a-b: is not a name of an environment variable"),
         (["reward.0.weight=heavy"], "reward.0.weight: must be a number"),
+        (["reward.0.limit_s=0"], "reward.0.limit_s: must be greater than 0"),
+        (["reward.0.memory_gb=all"], "reward.0.memory_gb: must be a number"),
         (
             ["rollout.weights.transport=ncl"],
             "rollout.weights.transport: no transports extension is called 'ncl'",

@@ -58,7 +58,7 @@ def test_what_a_plugin_prints_goes_to_stderr(write: Write, capsys: pytest.Captur
 
 
 def test_unknown_names_list_what_there_is() -> None:
-    with pytest.raises(UnknownExtension, match=r"Did you mean 'grpo'\? Known: grpo, sft"):
+    with pytest.raises(UnknownExtension, match=r"Did you mean 'grpo'\? Known: aipo, cispo, dapo, "):
         registry("algorithms").member("grop")
     with pytest.raises(ValueError, match="no extensions of kind 'x'"):
         registry("x")

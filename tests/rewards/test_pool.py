@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rl.rewards.base import RewardError, reward_specs
+from hpc_rl.rewards.base import RewardError, SampleInfo, reward_specs
 from hpc_rl.rewards.pool import Scored, ScorerPool
 
 pytestmark = pytest.mark.timeout(120)
 
 PLUGIN = """
-import os, subprocess, time
+import os, subprocess, threading, time
 from hpc_rl.recipe.extensions import register
+
+leaks = []
 
 def naughty(prompt, response, answer, fields):
     print("noise on stdout", flush=True)
@@ -28,9 +30,26 @@ def naughty(prompt, response, answer, fields):
         os._exit(11)
     if response == "raise":
         raise KeyError("column")
+    if response == "exit":
+        raise SystemExit(3)
+    if response == "eat":
+        eaten = bytearray(4 << 30)
+    if response == "leak":
+        leaks.append(bytearray(700 << 20))
+        for i in range(0, len(leaks[-1]), 4096):
+            leaks[-1][i] = 1
+    if response == "later":
+        threading.Timer(0.2, os._exit, [7]).start()
     if response == "nan":
         return float("nan")
     return len(response) + fields.get("bonus", 0)
+
+async def patient(prompt, response, answer, fields, sample):
+    import asyncio
+    await asyncio.sleep(0.01)
+    if response == "cancel":
+        raise asyncio.CancelledError
+    return float(sample.tokens)
 
 register("rewards", "naughty", implementation="naughty_plugin:naughty")
 """
@@ -61,6 +80,78 @@ def test_scores_failures_and_recovery(tmp_path: Path) -> None:
             assert errors[4:] == ["", ""]
             assert [r.total for r in results[4:]] == [5.0, 8.0]
             assert (scorers.failures, scorers.kills) == (4, 2)
+        finally:
+            await scorers.close()
+
+    asyncio.run(body())
+
+
+def test_whatever_a_reward_does_costs_one_sample(tmp_path: Path) -> None:
+    async def body() -> None:
+        (tmp_path / "naughty_plugin.py").write_text(PLUGIN)
+        specs = reward_specs([{"name": "contains", "text": "a"}, {"name": "naughty", "memory_gb": 1.0}])
+        scorers = ScorerPool(specs, plugins=["naughty_plugin.py"], code=str(tmp_path), size=1)
+        await scorers.start()
+        try:
+            for text, error in [
+                ("eat", "MemoryError"),
+                ("exit", "SystemExit: 3"),
+                ("crash", "reward 'naughty': the scorer process ended with code 11"),
+            ]:
+                scored = await scorers.score("p", text, None)
+                assert error in scored.error and scored.failed == ("naughty",)
+                assert (await scorers.score("p", "fine", None)).error == ""
+            exits = await scorers.score("p", "eat", None)
+            assert exits.scores == {"contains": 1.0}, "the other rewards are known"
+            for _ in range(3):  # 700 MB each, of 1 GB: the process is replaced in between
+                assert (await scorers.score("p", "leak", None)).error == ""
+            kills = scorers.kills
+            assert (await scorers.score("p", "later", None)).error == ""
+            await asyncio.sleep(1.0)  # it dies between two samples, which costs neither
+            assert (await scorers.score("p", "fine", None)).error == ""
+            assert scorers.kills == kills + 1
+        finally:
+            await scorers.close()
+
+    asyncio.run(body())
+
+
+def test_async_functions_by_reference(tmp_path: Path) -> None:
+    async def body() -> None:
+        (tmp_path / "naughty_plugin.py").write_text(PLUGIN)
+        sections = [{"name": "python", "function": "naughty_plugin:patient", "weight": 0.5, "limit_s": 9}]
+        specs = reward_specs(sections)
+        assert [(spec.key, spec.limit_s) for spec in specs] == [("patient", 9.0)]
+        scorers = ScorerPool(specs, plugins=["naughty_plugin.py"], code=str(tmp_path), size=1)
+        await scorers.start()
+        try:
+            info = SampleInfo(tokens=7, finish="stop", max_tokens=8)
+            assert await scorers.score("p", "r", None, {}, info) == Scored({"patient": 7.0}, 3.5)
+            cancelled = await scorers.score("p", "cancel", None, {}, info)
+            assert cancelled.failed == ("patient",)
+            assert (await scorers.score("p", "r", None, {}, info)).total == 3.5
+        finally:
+            await scorers.close()
+
+    asyncio.run(body())
+    with pytest.raises(RewardError, match="module naughty_plugin has no function 'patent'"):
+        bad = reward_specs([{"name": "python", "function": "naughty_plugin:patent"}])
+        asyncio.run(ScorerPool(bad, plugins=["naughty_plugin.py"], code=str(tmp_path)).start())
+
+
+def test_math_and_code_in_a_scorer(tmp_path: Path) -> None:
+    """math-verify's alarms need the main thread, and the sandbox a process that may start others."""
+
+    async def body() -> None:
+        specs = reward_specs([{"name": "math"}, {"name": "code"}])
+        scorers = ScorerPool(specs, size=1)
+        await scorers.start()
+        try:
+            response = "\\boxed{\\frac{2}{4}}\n```python\ndef f():\n    return 1\n```"
+            scored = await scorers.score("p", response, "0.5", {"tests": "assert f() == 1"})
+            assert scored == Scored({"math": 1.0, "code": 1.0}, 2.0)
+            no_tests = await scorers.score("p", response, "0.5", {})
+            assert no_tests.failed == ("code",) and "column 'tests'" in no_tests.error
         finally:
             await scorers.close()
 

@@ -23,6 +23,8 @@ from hpc_rl.rewards.gsm8k import number_of
         ("#### 18.", "18"),
         ("#### $ 12", "12"),
         ("####\n42", "42"),
+        ("#### −0", "0"),
+        ("#### −1,000", "-1000"),
         ("#### ten", None),
         ("the answer is 10", None),
         ("", None),

@@ -96,7 +96,11 @@ def replica(bus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "model": {"path": str(folders[0]), "dtype": "float32", "stage": str(root / "stage")},
             "data": {"train": {"path": "none"}},
             "plugins": ["picky_reward.py"],
-            "reward": [{"name": "picky", "weight": 0.5}, {"name": "contains", "weight": 1.0, "text": "w"}],
+            "reward": [
+                {"name": "picky", "weight": 0.5},
+                {"name": "contains", "weight": 1.0, "text": "w"},
+                {"name": "overlong", "weight": 2.0, "buffer": 8},
+            ],
             "rollout": {"engine": "hf", "max_model_len": 64, "weights": {"timeout_s": 20}},
             "cluster": {"placement": "local"},
         }
@@ -151,8 +155,9 @@ def test_generates_and_scores(replica: Replica) -> None:
         assert trajectory.sample == index
         assert trajectory.prompt_ids == [5, 6, 7]
         words = len(trajectory.text.split())
-        assert trajectory.rewards == {"picky": words, "contains": float("w" in trajectory.text)}
-        assert trajectory.reward == 0.5 * words + trajectory.rewards["contains"]
+        contains, over = float("w" in trajectory.text), -len(trajectory.token_ids) / SAMPLING.max_tokens
+        assert trajectory.rewards == {"picky": words, "contains": contains, "overlong": over}
+        assert trajectory.reward == 0.5 * words + contains + 2.0 * over
         assert len(trajectory.log_probs) == len(trajectory.token_ids)
         assert trajectory.spans[-1].end == len(trajectory.token_ids)
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hpc_rl.algorithms.log_probs import token_log_probs
 from hpc_rl.models.base import Media, ModelError, ParallelSpec
 from hpc_rl.models.hf.attention import NotPacked
 from hpc_rl.models.hf.classes import build_on_meta, has_vision
 from hpc_rl.models.hf.conversion import transforms_of
 from hpc_rl.models.hf.folder import fingerprint, model_folder, weight_files
 from hpc_rl.models.hf.freeze import choose_trained
+from hpc_rl.models.hf.head import ChunkedHead, chunked_head
 from hpc_rl.models.hf.loading import load_weights, materialise, move_buffers, resolve_names
 from hpc_rl.models.hf.rows import (
     Leak,
@@ -38,13 +40,15 @@ LOG = logging.getLogger("hpc_rl.models")
 class HfModel:
     """The model of the recipe. `module` is the (sharded) transformers module, fp32 master weights.
 
-    `rows` is how a row goes through it (`rows.packed` or `rows.padded`). With `needs_media`, every row must
-    have an image on every rank: the vision tower is sharded, and a rank that did not run it would leave the
-    others waiting in its collectives. A row without one gets a blank one, of which no token is kept.
+    `rows` is how a row goes through it (`rows.packed` or `rows.padded`). `head` makes log-probs chunk by
+    chunk; without one they are made from logits. With `needs_media`, every row must have an image on every
+    rank: the vision tower is sharded, and a rank that did not run it would leave the others waiting in its
+    collectives. A row without one gets a blank one, of which no token is kept.
     """
 
     rows: Rows = staticmethod(packed)
     needs_media: bool = False
+    head: ChunkedHead | None = None
 
     def __init__(self, module: Any, folder: Path, file_dtype: torch.dtype, sharded: bool) -> None:
         self.module = module
@@ -61,6 +65,25 @@ class HfModel:
     ) -> Tensor:
         """See `ModelAdapter.logits`; the head runs on `keep` only."""
         return self.rows(self.module, input_ids, position_ids, keep, media)
+
+    def log_probs(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        keep: Tensor,
+        media: Sequence[Media | None] | None,
+        targets: Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `ModelAdapter.log_probs`."""
+        if self.head is not None and self.head.pays(keep):
+            return self.head.log_probs(
+                input_ids, position_ids, keep, media, targets, temperature, with_entropy, weights
+            )
+        logits = self.logits(input_ids, position_ids, keep, media)
+        return token_log_probs(logits, targets, temperature, with_entropy)
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
@@ -166,6 +189,7 @@ def build(spec: Model, parallel: ParallelSpec, seed: int = 0) -> HfModel:
         model = _build(spec, parallel, seed, module, origin, pad=False)
         try:
             check_rows(model.module, model.rows, parallel, sharded=model.sharded)
+            model.head = chunked_head(model.module, parallel, sharded=model.sharded)
             return model
         except (Leak, NotPacked) as error:
             reason = str(error)

@@ -129,9 +129,7 @@ def check_rows(module: Any, rows: Rows, parallel: ParallelSpec, *, sharded: bool
     Transformers finds the boundaries of packed rows for most models, not for all (GPT-OSS makes its masks
     without the position ids), and says nothing where it does not.
     """
-    vocabulary = module.config.get_text_config().vocab_size
-    unusual = _special_ids(module.config)
-    usual = [i for i in range(min(vocabulary, 64 + len(unusual))) if i not in unusual]
+    usual = usual_ids(module.config)
     results = []
     module.eval()  # dropout draws anew for every forward
     for first in (1, 2):
@@ -170,9 +168,10 @@ def _one_sequence(module: Any, ids: Tensor) -> list[Tensor]:
     return [logits.float().log_softmax(-1) for logits in (ours, own)]
 
 
-def _special_ids(config: Any) -> set[int]:
-    """Ids that stand for an image or the like: a probe of plain text must not hold them."""
-    return {
+def usual_ids(config: Any) -> list[int]:
+    """The first ids but those that stand for an image or the like, which no probe of plain text may hold."""
+    unusual = {
         value for key, value in config.to_dict().items() if key.endswith(("_token_id", "_token_index"))
         and isinstance(value, int)
     }  # fmt: skip
+    return [i for i in range(min(config.get_text_config().vocab_size, 64 + len(unusual))) if i not in unusual]

@@ -1,0 +1,1 @@
+"""Runs Python that nobody has read: a confined process, and calls into it. No torch."""
