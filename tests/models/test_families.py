@@ -15,7 +15,7 @@ from tests.families import FAMILIES
 from tests.models import contract as c
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(1500)]  # all families on four ranks
 torch.set_num_threads(1)
 
 
