@@ -15,14 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_rl.bus import messages as m
-from hpc_rl.recipe.schema import DatasetSpec
-from hpc_rl.rewards.base import SampleInfo
-from hpc_rl.rewards.pool import Scored, ScorerPool
+from hpc_rl.rewards.pool import ScorerPool
 from hpc_rl.roles import RoleProcess
-from hpc_rl.rollout.engine import Engine, EngineError, PromptError, Sample, make_engine
-from hpc_rl.rollout.prompts import PromptCodec, prompt_text
+from hpc_rl.rollout.engine import Engine, EngineError, make_engine
+from hpc_rl.rollout.groups import GroupRunner
+from hpc_rl.rollout.prompts import PromptCodec
 from hpc_rl.rollout.settings import engine_settings, scorer_pool
-from hpc_rl.types import PromptGroup, Trajectory
 from hpc_rl.weights.protocol import WeightTransferError
 
 POLL_S = 1.0
@@ -51,11 +49,10 @@ class Worker:
         )
         self._engine: Engine | None = None  # made when it is known where the model is read from
         self.pool: ScorerPool = scorer_pool(recipe, plan, process.run_dir.code)
-        self.codec: PromptCodec | None = None
+        self.runner: GroupRunner | None = None  # made by _load
         self.slots = asyncio.Semaphore(self.rollout.max_in_flight)
         self.groups: set[asyncio.Task[None]] = set()
         self.probe = math.nan
-        self.served = 0
         self.failed: asyncio.Future[None] | None = None
 
     @property
@@ -82,9 +79,7 @@ class Worker:
         process.register(engine=self.rollout.engine)
         began = time.monotonic()
         tokenizer = model.tokenizer or model.path
-        self.codec = await asyncio.to_thread(
-            PromptCodec.load, tokenizer, model.revision, model.trust_remote_code
-        )
+        codec = await asyncio.to_thread(PromptCodec.load, tokenizer, model.revision, model.trust_remote_code)
         if model.stage is not None:
             from hpc_rl.models.hf.staging import staged_folder  # it imports torch, which takes seconds
 
@@ -92,6 +87,7 @@ class Worker:
             self._settings = replace(self._settings, model=str(folder))
         self._engine = make_engine(self.rollout.engine, self._settings)
         await asyncio.gather(self.engine.start(), self.pool.start())
+        self.runner = GroupRunner(process, self.engine, codec, self.pool)
         self.probe = await self._probe_weights()
         seconds = time.monotonic() - began
         process.log.info("engine %s is loaded (%.1f s)", self.rollout.engine, seconds)
@@ -143,105 +139,8 @@ class Worker:
 
     # --- generation --------------------------------------------------------------------------------
     async def _group(self, request: m.Generate) -> None:
-        try:
-            answer: m.GroupDone | m.GroupFailed = await self._generate_and_score(request)
-        except PromptError as error:
-            answer = self._group_failed(request, str(error))
-        await self._send(answer)
-
-    async def _generate_and_score(self, request: m.Generate) -> m.GroupDone | m.GroupFailed:
-        assert self.codec is not None
-        prompt = request.prompt
-        began = time.monotonic()
-        ids = self.codec.encode(prompt.content, self._dataset(request.purpose))
-        self.served += 1
-        request_id = f"{request.purpose}-{prompt.ordinal}-{self.served}"
-        samples = await self.engine.generate(ids, request.sampling, request.group_size, request_id)
-        if any(sample.finish == "abort" for sample in samples):
-            return self._group_failed(request, "generation was aborted")
-        generated = time.monotonic()
-        texts = [self.codec.decode(sample.token_ids) for sample in samples]
-        question = prompt_text(prompt.content)
-        scored = await asyncio.gather(
-            *(
-                self.pool.score(question, text, prompt.answer, prompt.fields, self._info(request, sample))
-                for text, sample in zip(texts, samples, strict=True)
-            )
-        )
-        errors = [score.error for score in scored if score.error]
-        if len(errors) == len(scored):
-            return self._group_failed(request, f"no sample could be scored: {errors[0]}")
-        if errors:
-            self.process.log.warning(
-                "prompt %d: %d of %d samples have no score: %s",
-                prompt.ordinal,
-                len(errors),
-                len(scored),
-                errors[0],
-            )
-        seconds = generated - began
-        trajectories = [
-            self._trajectory(request, ids, i, sample, text, score, seconds)
-            for i, (sample, text, score) in enumerate(zip(samples, texts, scored, strict=True))
-        ]
-        metrics = {
-            "rollout/generate_s": seconds,
-            "rollout/score_s": time.monotonic() - generated,
-            "rollout/tokens": float(sum(len(sample.token_ids) for sample in samples)),
-            "rollout/unscored": float(len(errors)),
-        }
-        return m.GroupDone(
-            replica=self.process.index,
-            incarnation=self.process.incarnation,
-            purpose=request.purpose,
-            tag=request.tag,
-            group=PromptGroup(prompt, trajectories),
-            metrics=metrics,
-        )
-
-    @staticmethod
-    def _info(request: m.Generate, sample: Sample) -> SampleInfo:
-        return SampleInfo(len(sample.token_ids), sample.finish, request.sampling.max_tokens)
-
-    def _trajectory(
-        self,
-        request: m.Generate,
-        prompt_ids: list[int],
-        index: int,
-        sample: Sample,
-        text: str,
-        scored: Scored,
-        seconds: float,
-    ) -> Trajectory:
-        """A sample without a score gets NaN: it counts neither in the group's mean nor in the loss."""
-        return Trajectory(
-            ordinal=request.prompt.ordinal,
-            sample=index,
-            replica=self.process.index,
-            prompt_ids=prompt_ids,
-            token_ids=sample.token_ids,
-            log_probs=sample.log_probs,
-            spans=sample.spans,
-            finish=sample.finish,
-            text=text,
-            rewards=scored.scores,
-            reward=math.nan if scored.error else scored.total,
-            seconds=seconds,
-        )
-
-    def _group_failed(self, request: m.Generate, cause: str) -> m.GroupFailed:
-        return m.GroupFailed(
-            replica=self.process.index,
-            incarnation=self.process.incarnation,
-            purpose=request.purpose,
-            tag=request.tag,
-            ordinal=request.prompt.ordinal,
-            cause=cause,
-        )
-
-    def _dataset(self, purpose: str) -> DatasetSpec:
-        data = self.process.recipe.data
-        return data.eval if purpose == "eval" and data.eval is not None else data.train
+        assert self.runner is not None
+        await self._send(await self.runner.answer(request))
 
     # --- weights -----------------------------------------------------------------------------------
     async def _receive_weights(self, version: int) -> None:

@@ -62,6 +62,9 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True):
     recorded by the sampler (fp32); non-finite values are kept and dropped from the loss mask later.
     `spans` cover `[0, len(token_ids))` without gaps. `loss_mask[t]` is 0 for tokens the policy did
     not write (tool output); an empty list means all ones. `finish` is `stop`, `length` or `abort`.
+    `turn_ends` are the ends (in `token_ids`, exclusive) of what the policy wrote turn by turn and
+    `turn_rewards` what each turn earned by itself; both empty where there is one turn. `metrics` are numbers
+    of this trajectory (tool calls, ...), of which the step reports the means.
     """
 
     ordinal: int
@@ -77,6 +80,10 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True):
     rewards: dict[str, float] = {}
     reward: float = 0.0
     seconds: float = 0.0
+    turn_ends: list[int] = []
+    turn_rewards: list[float] = []
+    teacher_log_probs: list[float] = []  # as `log_probs`, of the teacher; empty without one
+    metrics: dict[str, float] = {}
     blobs: dict[str, BlobRef] = {}
 
     @property
@@ -98,7 +105,10 @@ class TrainSample(msgspec.Struct, forbid_unknown_fields=True):
     does not travel.
 
     `loss_mask[t]` is 1 where token t is trained on (never the first token); `log_probs[t]` is the
-    sampler's log-prob of token t (0.0 where the mask is 0); `advantages[t]` likewise per token.
+    sampler's log-prob of token t (0.0 where the mask is 0); `advantages[t]` and `teacher_log_probs[t]`
+    (empty without a teacher) likewise per token. `spans` say which version made the tokens that were
+    generated, as positions in `token_ids`. `row` is the row of the data that the prompt is from, where the
+    learner needs its media (else -1).
     """
 
     ordinal: int
@@ -108,4 +118,7 @@ class TrainSample(msgspec.Struct, forbid_unknown_fields=True):
     log_probs: list[float]
     advantages: list[float]
     version: int = 0
+    spans: list[VersionSpan] = []
+    row: int = -1
+    teacher_log_probs: list[float] = []
     media: dict[str, Any] | None = None
