@@ -5,6 +5,7 @@ The defaults and where they are from: docs/losses.md.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -46,7 +47,7 @@ class Correction(Section):
         return self
 
 
-class RlConfig(Section):
+class RlConfig(Section, ABC):
     """What every algorithm on rollouts has. `max_staleness` is in policy versions; 0 is synchronous.
 
     `overlong_buffer`: from so many tokens before `rollout.max_tokens` on, the reward falls to one less at
@@ -73,9 +74,9 @@ class RlConfig(Section):
     min_group: ClassVar[int] = 1
 
     @property
+    @abstractmethod
     def advantage(self) -> str:
         """Which of `algorithms.advantages.ESTIMATORS` the controller uses."""
-        raise NotImplementedError
 
     @field_validator("top_p")
     @classmethod

@@ -18,6 +18,7 @@ masks do, of rho = exp(sg(l) - m). Nothing here is one algorithm's own, does I/O
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -238,7 +239,7 @@ def _statistics(
     return sums, {"mismatch_max": largest}
 
 
-class PolicyGradient:
+class PolicyGradient(ABC):
     """An `Algorithm` that is a surrogate over this core; the neighbours each say which one."""
 
     needs_entropy = True  # a metric; it has no gradient
@@ -247,8 +248,9 @@ class PolicyGradient:
         self.config = config
         self.temperature = config.temperature
 
+    @abstractmethod
     def surrogate(self, tokens: Tokens) -> Surrogate:
-        raise NotImplementedError
+        """What is maximised, token by token."""
 
     def loss(self, batch: TokenBatch, log_probs: Tensor, entropy: Tensor | None) -> LossOutput:
         return policy_loss(batch, log_probs, self.config, self.surrogate, entropy=entropy)

@@ -20,6 +20,19 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class Row:
+    """One packed row: sequences of `input_ids` [T] one after the other, `position_ids` [T] (best on the host)
+    starting anew at 0 with each. `keep` [N] are the positions whose next token is wanted, `targets` [N] those
+    tokens. `media` has one entry per sequence (None: all are text)."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    keep: Tensor
+    targets: Tensor
+    media: Sequence[Media | None] | None = None
+
+
+@dataclass(frozen=True)
 class ParallelSpec:
     """How to shard: the mesh sizes of the plan, the compute dtype, and where the shards live."""
 
@@ -58,19 +71,11 @@ class ModelAdapter(Protocol):
         ...
 
     def log_probs(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        keep: Tensor,
-        media: Sequence[Media | None] | None,
-        targets: Tensor,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-        weights: Tensor | None = None,
+        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """`(log_probs [N], entropy [N] or None)` of `targets` [N] after the positions `keep` of the row of
-        `logits`, in fp32, without logits of all of them where the head allows it. `weights` [N] are for a
-        loss that is a multiple of their sum with the log-probs (`algorithms.chunked_head`)."""
+        """`(log_probs [N], entropy [N] or None)` of the row's targets, in fp32, without logits of all of them
+        where the head allows it. `weights` [N] are for a loss that is a multiple of their sum with the
+        log-probs (`algorithms.chunked_head`)."""
         ...
 
     def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:

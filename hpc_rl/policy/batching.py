@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 from hpc_rl.algorithms.base import TokenBatch
-from hpc_rl.models.base import Media
+from hpc_rl.models.base import Media, Row
 from hpc_rl.types import TrainSample
 
 
 @dataclass
 class PackedBatch:
-    """`input_ids` and `position_ids` [T] of sequences laid end to end (the positions on the host: where
-    sequences begin is asked of them, and a GPU would first finish all it has to do); `keep` [N] are the
-    positions whose next token is trained on, and `tokens` those next tokens. `media` has one entry per
-    sequence (on the device), or is None where no sequence has any."""
+    """One row on the device (its positions on the host: where sequences begin is asked of them, and a GPU
+    would first finish all it has to do), and the tokens that are trained, as many as `row.keep`."""
 
-    input_ids: Tensor
-    position_ids: Tensor
-    keep: Tensor
+    row: Row
     tokens: TokenBatch
-    media: list[Media | None] | None = None
 
 
 def pack_samples(
@@ -67,12 +62,17 @@ def pack_samples(
         array = np.concatenate(parts) if isinstance(parts, list) else parts
         return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
 
+    next_tokens = put(targets, torch.long)
     return PackedBatch(
-        put(ids, torch.long),
-        torch.as_tensor(np.concatenate(positions), dtype=torch.long),
-        put(keep, torch.long),
+        Row(
+            put(ids, torch.long),
+            torch.as_tensor(np.concatenate(positions), dtype=torch.long),
+            put(keep, torch.long),
+            next_tokens,
+            _on(device, media if media is not None else [sample.media for sample in samples]),
+        ),
         TokenBatch(
-            targets=put(targets, torch.long),
+            targets=next_tokens,
             mask=put(mask, torch.float32),
             sequence=put(sequence, torch.long),
             num_sequences=max(1, len(samples)),
@@ -80,7 +80,6 @@ def pack_samples(
             sampler_log_probs=put(sampler, torch.float32),
             advantages=put(advantages, torch.float32),
         ),
-        _on(device, media if media is not None else [sample.media for sample in samples]),
     )
 
 

@@ -121,16 +121,7 @@ class StepRunner:
         algorithm, tokens = self.algorithm, batch.tokens
         # Where they are known the head makes its gradients in the forward, which saves one of its products.
         weights = algorithm.log_prob_weights(tokens) if isinstance(algorithm, WeightedSum) else None
-        return self.model.log_probs(
-            batch.input_ids,
-            batch.position_ids,
-            batch.keep,
-            batch.media,
-            tokens.targets,
-            algorithm.temperature,
-            algorithm.needs_entropy,
-            weights,
-        )
+        return self.model.log_probs(batch.row, algorithm.temperature, algorithm.needs_entropy, weights)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[list[TrainSample]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hpc_rl.algorithms import chunked_head as chunks
 from hpc_rl.algorithms.log_probs import token_log_probs
 from hpc_rl.algorithms.sft import Sft
-from hpc_rl.models.base import ParallelSpec
+from hpc_rl.models.base import ParallelSpec, Row
 from hpc_rl.models.hf.head import chunked_head
 from hpc_rl.models.hf.model import HfModel
 from hpc_rl.policy.step import Ranks, StepRunner
@@ -52,7 +52,7 @@ def parts(model: HfModel, row: c.Row, way: str) -> tuple[Tensor, Tensor]:
         found = token_log_probs(model.logits(ids, positions, keep, media), targets, 0.9, True)
     else:
         weights = torch.full((len(keep),), 1 / TOKENS) if way == "known" else None
-        found = model.log_probs(ids, positions, keep, media, targets, 0.9, True, weights)
+        found = model.log_probs(Row(ids, positions, keep, targets, media), 0.9, True, weights)
     assert found[1] is not None
     return found[0], found[1]
 

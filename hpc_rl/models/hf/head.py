@@ -9,7 +9,7 @@ it is, is compared at the start with the model's own logits, and where nothing f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc_rl.algorithms.chunked_head import Head, chunk_rows, chunked_log_probs, finish
 from hpc_rl.algorithms.log_probs import token_log_probs
-from hpc_rl.models.base import Media, ParallelSpec
+from hpc_rl.models.base import ParallelSpec, Row
 from hpc_rl.models.hf.rows import packed, usual_ids
 
 LOG = logging.getLogger("hpc_rl.models")
@@ -46,31 +46,21 @@ class ChunkedHead:
         return chunk_rows(len(keep), self._vocabulary, keep.device) < len(keep)
 
     def log_probs(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        keep: Tensor,
-        media: Sequence[Media | None] | None,
-        targets: Tensor,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-        weights: Tensor | None = None,
+        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `ModelAdapter.log_probs`."""
-        hidden, rest = self._hidden(input_ids, position_ids, keep, media)
+        hidden, rest = self._hidden(row)
         if self.plain:
             # Only now: FSDP has gathered the weight for the forward, and the root keeps it until backward.
             head = Head(self.layer.weight, self.layer.bias, self.scale, self.soft_cap)
-            found = chunked_log_probs(hidden, head, targets, temperature, with_entropy, weights)
+            found = chunked_log_probs(hidden, head, row.targets, temperature, with_entropy, weights)
         else:
-            found = self._through_layer(hidden, targets, temperature, with_entropy)
+            found = self._through_layer(hidden, row.targets, temperature, with_entropy)
         # FSDP begins its backward at what the module gave out.
         return found[0] + rest.sum().to(found[0].dtype) * 0.0, found[1]
 
-    def _hidden(
-        self, input_ids: Tensor, position_ids: Tensor, keep: Tensor, media: Sequence[Media | None] | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the layer would get for `keep` [N, H], and the logits of the rows that it does get: none, or
+    def _hidden(self, row: Row) -> tuple[Tensor, Tensor]:
+        """What the layer would get for `row.keep` [N, H], and the logits of the rows that it gets: none, or
         one where that would be a special case (of collectives, of adapters)."""
         held: list[Tensor] = []
 
@@ -88,7 +78,7 @@ class ChunkedHead:
         if self.plain:
             hooks.append(self.layer.register_forward_hook(without_weight))
         try:
-            rest = packed(self.module, input_ids, position_ids, keep, media)
+            rest = packed(self.module, row.input_ids, row.position_ids, row.keep, row.media)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -157,7 +147,7 @@ def _same(head: ChunkedHead, parallel: ParallelSpec) -> bool:
     keep = positions.to(parallel.device)
     expected, _ = token_log_probs(packed(head.module, tokens[:-1], positions, keep, None), tokens[1:])
     try:
-        ours, _ = head.log_probs(tokens[:-1], positions, keep, None, tokens[1:])
+        ours, _ = head.log_probs(Row(tokens[:-1], positions, keep, tokens[1:]))
     except _NotOnce:
         return False
     limit = 1e-5 if parallel.compute_dtype == torch.float32 else 5e-2

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hpc_rl.algorithms.log_probs import token_log_probs
-from hpc_rl.models.base import Media, ModelError, ParallelSpec
+from hpc_rl.models.base import Media, ModelError, ParallelSpec, Row
 from hpc_rl.models.hf.attention import NotPacked
 from hpc_rl.models.hf.classes import build_on_meta, has_vision
 from hpc_rl.models.hf.conversion import transforms_of
@@ -67,23 +67,13 @@ class HfModel:
         return self.rows(self.module, input_ids, position_ids, keep, media)
 
     def log_probs(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        keep: Tensor,
-        media: Sequence[Media | None] | None,
-        targets: Tensor,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-        weights: Tensor | None = None,
+        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `ModelAdapter.log_probs`."""
-        if self.head is not None and self.head.pays(keep):
-            return self.head.log_probs(
-                input_ids, position_ids, keep, media, targets, temperature, with_entropy, weights
-            )
-        logits = self.logits(input_ids, position_ids, keep, media)
-        return token_log_probs(logits, targets, temperature, with_entropy)
+        if self.head is not None and self.head.pays(row.keep):
+            return self.head.log_probs(row, temperature, with_entropy, weights)
+        logits = self.logits(row.input_ids, row.position_ids, row.keep, row.media)
+        return token_log_probs(logits, row.targets, temperature, with_entropy)
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
