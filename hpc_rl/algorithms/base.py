@@ -19,7 +19,8 @@ class TokenBatch:
     `sequence` numbers the sequence that token n belongs to (0 .. num_sequences - 1). `denominator` is
     that of the whole optimizer step, over all ranks and micro-batches, counted after every mask
     (`algorithms.denominators`). `reference_log_probs` are those of the model that a KL penalty holds to;
-    `proximal_log_probs` those of the trainer at the start of the step, where a batch has several.
+    `proximal_log_probs` those of the trainer at the start of the step, where a batch has several;
+    `teacher_log_probs` those of the teacher (NaN without one).
     """
 
     targets: Tensor
@@ -31,6 +32,7 @@ class TokenBatch:
     advantages: Tensor | None = None
     reference_log_probs: Tensor | None = None
     proximal_log_probs: Tensor | None = None
+    teacher_log_probs: Tensor | None = None
 
 
 @dataclass
@@ -38,12 +40,14 @@ class LossOutput:
     """`loss` is this micro-batch's share of the step's loss: shares add up, they are not averaged.
 
     `sums` are totals over tokens (the trainer adds them up over micro-batches and ranks and divides
-    by the summed `tokens`), `maxima` are combined by maximum. All are detached scalars.
+    by the summed `tokens`), `maxima` are combined by maximum, and `shares` add up to what they are, as the
+    loss does. All are detached scalars.
     """
 
     loss: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):

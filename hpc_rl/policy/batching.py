@@ -30,31 +30,33 @@ def pack_samples(
 ) -> PackedBatch:
     """One row out of `samples`, with the media of each (`media`, else their own) if any has some.
 
+    With preference pairs, sequence 2 i is what pair i chose and 2 i + 1 what it rejected.
     Without any trained token the row still has one masked position, because every rank must run a
     forward and a backward for its peers' collectives.
     """
-    ids, positions, keep, targets, sequence, sampler, advantages = [], [], [], [], [], [], []
-    start = 0
+    ids, positions, keep, targets, sequence = [], [], [], [], []
+    sampler, advantages, teacher = [], [], []
+    start, width = 0, 2 if any(sample.split for sample in samples) else 1
     for number, sample in enumerate(samples):
-        length = len(sample.token_ids)
-        mask = np.asarray(sample.loss_mask, dtype=bool)
-        if mask[:1].any():
+        bounds, mask = sample.bounds, np.asarray(sample.loss_mask, dtype=bool)
+        if any(mask[first:end][:1].any() for first, end in bounds):
             raise ValueError(f"sample {sample.ordinal}.{sample.sample}: nothing predicts the first token")
         trained = np.nonzero(mask)[0]
         tokens = np.asarray(sample.token_ids, dtype=np.int64)
         ids.append(tokens)
-        positions.append(np.arange(length))
+        positions += [np.arange(end - first) for first, end in bounds]
         keep.append(start + trained - 1)
         targets.append(tokens[trained])
-        sequence.append(np.full(len(trained), number))
+        sequence.append(width * number + ((trained >= sample.split) & (sample.split > 0)))
         sampler.append(_per_token(sample.log_probs, trained))
         advantages.append(_per_token(sample.advantages, trained))
-        start += length
+        teacher.append(_per_token(sample.teacher_log_probs, trained, missing=np.nan))
+        start += len(tokens)
     trained_tokens = sum(len(k) for k in keep)
     mask = np.ones(trained_tokens, dtype=np.float32)
     if trained_tokens == 0:
         keep, targets, sequence = [np.zeros(1)], [np.zeros(1)], [np.zeros(1)]
-        sampler, advantages, mask = [np.zeros(1)], [np.zeros(1)], np.zeros(1)
+        sampler, advantages, teacher, mask = [np.zeros(1)], [np.zeros(1)], [np.zeros(1)], np.zeros(1)
     if start == 0:
         ids, positions = [np.zeros(1)], [np.zeros(1)]
 
@@ -62,6 +64,8 @@ def pack_samples(
         array = np.concatenate(parts) if isinstance(parts, list) else parts
         return torch.as_tensor(array, dtype=dtype).to(device, non_blocking=True)
 
+    if media is None:
+        media = [sample.media for sample in samples for _ in sample.bounds]
     next_tokens = put(targets, torch.long)
     return PackedBatch(
         Row(
@@ -69,24 +73,25 @@ def pack_samples(
             torch.as_tensor(np.concatenate(positions), dtype=torch.long),
             put(keep, torch.long),
             next_tokens,
-            _on(device, media if media is not None else [sample.media for sample in samples]),
+            _on(device, media),
         ),
         TokenBatch(
             targets=next_tokens,
             mask=put(mask, torch.float32),
             sequence=put(sequence, torch.long),
-            num_sequences=max(1, len(samples)),
+            num_sequences=width * max(1, len(samples)),
             denominator=denominator,
             sampler_log_probs=put(sampler, torch.float32),
             advantages=put(advantages, torch.float32),
+            teacher_log_probs=put(teacher, torch.float32),
         ),
     )
 
 
-def _per_token(values: list[float], trained: np.ndarray) -> np.ndarray:
+def _per_token(values: list[float], trained: np.ndarray, missing: float = 0.0) -> np.ndarray:
     """The values at the trained positions; SFT has none."""
     if not values:
-        return np.zeros(len(trained), dtype=np.float32)
+        return np.full(len(trained), missing, dtype=np.float32)
     return np.asarray(values, dtype=np.float32)[trained]
 
 

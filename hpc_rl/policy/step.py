@@ -35,10 +35,12 @@ class Ranks:
 class Totals:
     """Sums and maxima of this rank over its micro-batches; `losses` has one scalar per micro-batch.
 
-    `counts` are known without looking at a tensor: sequences, tokens that go in, squared lengths.
+    `counts` are known without looking at a tensor: sequences, tokens that go in, squared lengths. The sums
+    in `shares` are of numbers that are divided already.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    shares: set[str] = field(default_factory=set)
     maxima: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
@@ -47,11 +49,12 @@ class Totals:
     def add(self, output: LossOutput, samples: list[TrainSample]) -> None:
         self.losses.append(output.loss.detach())
         samples = [sample for sample in samples if sample.ordinal >= 0]  # without a blank picture
-        for name, value in output.sums.items():
+        self.shares |= output.shares.keys()
+        for name, value in (output.sums | output.shares).items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
         for name, value in output.maxima.items():
             self.maxima[name] = torch.maximum(self.maxima.get(name, value), value).detach()
-        lengths = [len(sample.token_ids) for sample in samples]
+        lengths = [end - first for sample in samples for first, end in sample.bounds]
         squares = sum(length * length for length in lengths)
         counted = (("sequences", len(lengths)), ("input_tokens", sum(lengths)), ("squares", squares))
         for name, count in counted:
@@ -71,13 +74,14 @@ class Totals:
 class Reduced:
     """A step's numbers over all ranks: `sums` (with the counts and `loss`), `maxima`, the gradient's norm.
 
-    `bad_ranks` had a loss that is not finite.
+    `bad_ranks` had a loss that is not finite. `shares` are the sums that are no totals over tokens.
     """
 
     sums: dict[str, float]
     maxima: dict[str, float]
     grad_norm: float
     bad_ranks: list[int]
+    shares: frozenset[str] = frozenset()
 
     @property
     def finite(self) -> bool:
@@ -90,7 +94,7 @@ class Reduced:
         found = {f"train/{name}": self.sums[name] for name in totals} | {"train/grad_norm": self.grad_norm}
         for name, value in self.sums.items():
             if name not in totals and name != "squares":
-                found[f"train/{name}"] = value / tokens
+                found[f"train/{name}"] = value if name in self.shares else value / tokens
         if square := found.pop("train/importance_square", 0.0):
             # Kish: how many of the tokens, weighted by exp(l - m), are worth as much; 1 is on-policy.
             found["train/ess"] = found["train/importance_mean"] ** 2 / square
@@ -178,6 +182,7 @@ class StepRunner:
             maxima=dict(zip(tops, values[after:], strict=False)),
             grad_norm=values[-1],
             bad_ranks=[rank for rank, flag in enumerate(values[len(keys) : after]) if flag],
+            shares=frozenset(totals.shares),
         )
 
     def gather_samples(self, samples: list[SampleId]) -> list[SampleId]:

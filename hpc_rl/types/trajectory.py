@@ -108,7 +108,8 @@ class TrainSample(msgspec.Struct, forbid_unknown_fields=True):
     sampler's log-prob of token t (0.0 where the mask is 0); `advantages[t]` and `teacher_log_probs[t]`
     (empty without a teacher) likewise per token. `spans` say which version made the tokens that were
     generated, as positions in `token_ids`. `row` is the row of the data that the prompt is from, where the
-    learner needs its media (else -1).
+    learner needs its media (else -1). A preference pair is one sample, so that nothing can part it: its
+    chosen sequence goes up to `split`, the rejected one follows (0: a single sequence).
     """
 
     ordinal: int
@@ -121,4 +122,11 @@ class TrainSample(msgspec.Struct, forbid_unknown_fields=True):
     spans: list[VersionSpan] = []
     row: int = -1
     teacher_log_probs: list[float] = []
+    split: int = 0
     media: dict[str, Any] | None = None
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where its sequences begin and end in `token_ids`: one, or the two of a pair."""
+        ends = [self.split, len(self.token_ids)] if self.split else [len(self.token_ids)]
+        return list(zip([0, *ends], ends, strict=False))
