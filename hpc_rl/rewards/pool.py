@@ -8,22 +8,18 @@ other rewards. A scorer that hangs or dies is killed and replaced; its sample ge
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from hpc_rl.rewards.base import RewardError, RewardSpec, SampleInfo
+from hpc_rl.rewards.lines import LineFailed, LineProcess
 from hpc_rl.rewards.wire import Began, Ready, Reply, Request, Setup
 
 START_S = 60.0
 TAKE_UP_S = 30.0
-LINE_LIMIT = 64 << 20
 
 
 @dataclass
@@ -46,82 +42,49 @@ class ScorerFailed(RuntimeError):
 
 
 class _Scorer:
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: LineProcess) -> None:
         self._process = process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._in, self._out = process.stdin, process.stdout
+        self.kill = process.kill
 
     @classmethod
     async def start(cls, setup: Setup) -> _Scorer:
         """Raises RewardError when the rewards cannot be made, or nothing answers in START_S."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "hpc_rl.rewards.scorer",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=LINE_LIMIT,
-            start_new_session=True,  # so that what a verifier starts dies with it
-        )
-        scorer = cls(process)
+        process = await LineProcess.start("hpc_rl.rewards.scorer", "scorer")
         try:
             async with asyncio.timeout(START_S):
-                await scorer._write(msgspec.json.encode(setup))
-                ready = msgspec.json.decode(await scorer._read(), type=Ready)
-        except (TimeoutError, ScorerFailed) as error:
-            await scorer.kill()
+                await process.write(msgspec.json.encode(setup))
+                ready = msgspec.json.decode(await process.read(), type=Ready)
+        except (TimeoutError, LineFailed) as error:
+            await process.kill()
             raise RewardError(f"a scorer process did not start within {START_S:.0f} s: {error}") from error
         except asyncio.CancelledError:
-            await scorer.kill()
+            await process.kill()
             raise
         if ready.error:
-            await scorer.kill()
+            await process.kill()
             raise RewardError(f"the rewards cannot be made: {ready.error}")
-        return scorer
+        return cls(process)
 
     async def ask(self, request: Request, limits: dict[str, float]) -> Reply:
         """`limits`: seconds per reward. Raises ScorerFailed; the scorer is then of no further use."""
         key = ""
         try:
             async with asyncio.timeout(TAKE_UP_S):
-                await self._write(msgspec.json.encode(request))
-                line = await self._read()
+                await self._process.write(msgspec.json.encode(request))
+                line = await self._process.read()
             while not isinstance(message := msgspec.json.decode(line, type=Began | Reply), Reply):
                 key = message.key
                 async with asyncio.timeout(limits[key]):
-                    line = await self._read()
+                    line = await self._process.read()
         except TimeoutError as error:
             if not key:
                 raise ScorerFailed(f"a scorer took no sample within {TAKE_UP_S:.0f} s") from error
             raise ScorerFailed(f"reward {key!r} took more than {limits[key]:g} s", key) from error
-        except ScorerFailed as error:
+        except LineFailed as error:
             raise ScorerFailed(f"reward {key!r}: {error}" if key else str(error), key) from error
         except msgspec.DecodeError as error:
             raise ScorerFailed(f"a scorer wrote no message: {error}", key) from error
         return message
-
-    async def _write(self, data: bytes) -> None:
-        try:
-            self._in.write(data + b"\n")
-            await self._in.drain()
-        except ConnectionError as error:
-            raise ScorerFailed(str(error)) from error
-
-    async def _read(self) -> bytes:
-        try:
-            line = await self._out.readline()
-        except (ConnectionError, ValueError) as error:  # ValueError: a line beyond the limit
-            raise ScorerFailed(str(error)) from error
-        if not line.endswith(b"\n"):
-            code = await self._process.wait()
-            raise ScorerFailed(f"the scorer process ended with code {code}")
-        return line
-
-    async def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
 
 
 class ScorerPool:
