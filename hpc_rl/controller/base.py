@@ -34,7 +34,7 @@ class Controller(ABC):
     """Runs one attempt. `run()` returns the exit code or raises AttemptFailed."""
 
     replicas = 0
-    best_metric = "eval/loss"  # what the best checkpoint is chosen by
+    usual_metric = "eval/loss"  # what the best checkpoint is chosen by, if the recipe says nothing
 
     def __init__(self, role: RoleProcess) -> None:
         self.role, self.recipe, self.plan, self.run_dir = role, role.recipe, role.plan, role.run_dir
@@ -54,7 +54,9 @@ class Controller(ABC):
             write_state=self.write_state,
             tell=self.events.append,
             uploads=self.uploads,
+            best_mode=self.recipe.eval.best_mode,
         )
+        self.best_metric = self.recipe.eval.best or self.usual_metric
         self.recorder: Recorder | None = None
         self.total_steps = 0
         self.step = 0  # done by the policy

@@ -12,21 +12,23 @@ LOG = logging.getLogger("hpc_rl.controller")
 
 
 class BestCheckpoint:
-    """`best` is on disk and recorded; `candidate` is better, and its checkpoint is being written."""
+    """`best` is on disk and recorded; `candidate` is better, and its checkpoint is being written. `mode` says
+    whether more or less of the metric is better (`run.best.improves`)."""
 
-    def __init__(self, run: RunDir, enabled: bool) -> None:
-        self.run, self.enabled = run, enabled
+    def __init__(self, run: RunDir, enabled: bool, mode: str | None = None) -> None:
+        self.run, self.enabled, self.mode = run, enabled, mode
         self.best: Best | None = None
         self.candidate: Best | None = None
         self._expected: set[int] = set()
 
     def restore(self, step: int, metric: str) -> None:
-        """Read the record back on a start at `step`. One of a later step was rolled back: then the best of
-        the complete checkpoints that are left, by the metrics that are left."""
+        """Read the record back on a start at `step`. One of a later step was rolled back, and one by another
+        metric says nothing: then the best of the complete checkpoints that are left, by the metrics that are
+        left."""
         if not self.enabled:
             return
         self.best = read_best(self.run)
-        if self.best is not None and self.best.step <= step:
+        if self.best is not None and self.best.step <= step and self.best.metric == metric:
             return
         found = None
         there = set(self.run.complete_steps())
@@ -34,7 +36,7 @@ class BestCheckpoint:
             value = row.get(metric)
             if row["step"] > step or row["step"] not in there or not isinstance(value, int | float):
                 continue
-            if improves(metric, value, found):
+            if improves(metric, value, found, self.mode):
                 found = Best(row["step"], metric, float(value))
         self._record(found)
 
@@ -49,7 +51,9 @@ class BestCheckpoint:
     def judge(self, step: int, metric: str, value: float | None) -> bool:
         """Take the validation of `step` (None: it was given up); True if it is the best so far."""
         self._expected = {other for other in self._expected if other > step}
-        if not self.enabled or value is None or not improves(metric, value, self.candidate or self.best):
+        if not self.enabled or value is None:
+            return False
+        if not improves(metric, value, self.candidate or self.best, self.mode):
             return False
         self.candidate = Best(step, metric, value)
         if step in self.run.complete_steps():

@@ -1,8 +1,7 @@
-"""Greedy evaluation on the training replicas, at one policy version at a time.
+"""Evaluation on the training replicas, at one policy version at a time.
 
 While an evaluation runs no new weights are pushed, so all of its answers come from one version; training
-goes on meanwhile as far as the staleness bound lets it. `eval/accuracy` is the mean score of the first
-reward of the recipe, `eval/<reward>` that of each, `eval/reward_mean` their weighted sum.
+goes on meanwhile as far as the staleness bound lets it. What it measures: `controller/scores.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from hpc_rl.bus.messages import Generate, GroupDone, GroupFailed
+from hpc_rl.controller.prompts import prompt_seed
+from hpc_rl.controller.scores import Answer, evaluation_metrics
 from hpc_rl.recipe.schema import Eval
-from hpc_rl.types import Prompt, Sampling, Trajectory
+from hpc_rl.types import Prompt, Sampling
 
 LOG = logging.getLogger("hpc_rl.controller")
 
@@ -28,13 +27,14 @@ def eval_due(options: Eval, step: int, total_steps: int) -> bool:
 
 @dataclass
 class Evaluation:
-    """One pass over the evaluation prompts. `pending` are not handed out yet."""
+    """One pass over the evaluation prompts, by index. `pending` are not handed out yet; `failed` have no
+    answers, with the reason."""
 
     step: int
     pending: list[int]
     in_flight: dict[int, tuple[int, int]] = field(default_factory=dict)
-    answers: list[Trajectory] = field(default_factory=list)
-    failed: int = 0
+    answers: dict[int, list[Answer]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
 
     @property
     def tag(self) -> str:
@@ -46,14 +46,23 @@ class Evaluation:
 
 
 class Evaluator:
-    """Decides when to evaluate and keeps the one evaluation that is under way."""
+    """Decides when to evaluate and keeps the one evaluation that is under way (`current`); `last` is the one
+    that ended last, with all its answers (their texts only with `keep_texts`). `seed` is the run's."""
 
     def __init__(
-        self, options: Eval, prompts: list[Prompt], *, primary: str, max_tokens: int, seed: int
+        self,
+        options: Eval,
+        prompts: list[Prompt],
+        *,
+        primary: str,
+        max_tokens: int,
+        seed: int,
+        keep_texts: bool = False,
     ) -> None:
         self.options, self.prompts, self.primary = options, prompts, primary
-        self.sampling = Sampling(temperature=0.0, top_p=1.0, max_tokens=max_tokens, seed=seed)
+        self.max_tokens, self.seed, self.keep_texts = max_tokens, seed, keep_texts
         self.current: Evaluation | None = None
+        self.last: Evaluation | None = None
         self.done_steps: set[int] = set()
 
     def due(self, step: int, total_steps: int) -> bool:
@@ -73,8 +82,23 @@ class Evaluator:
             return None
         index = self.current.pending.pop()
         self.current.in_flight[index] = (replica, incarnation)
-        prompt = self.prompts[index]
-        return Generate(prompt, 1, self.sampling, purpose="eval", tag=f"{self.current.tag}:{index}")
+        return Generate(
+            self.prompts[index],
+            self.options.samples,
+            self._sampling(index),
+            purpose="eval",
+            tag=f"{self.current.tag}:{index}",
+        )
+
+    def _sampling(self, index: int) -> Sampling:
+        """Seeds are of the prompt alone: the same at every version and apart from the training's, so that
+        what differs between two evaluations is the policy, and training does not notice."""
+        return Sampling(
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            max_tokens=self.max_tokens,
+            seed=prompt_seed(self.seed, "eval", index),
+        )
 
     def answered(self, message: GroupDone | GroupFailed) -> dict[str, float] | None:
         """Take one answer; the metrics of the whole evaluation once it is finished, else None."""
@@ -85,9 +109,10 @@ class Evaluator:
             return None
         del now.in_flight[int(index)]
         if isinstance(message, GroupDone):
-            now.answers += message.group.trajectories
+            group = message.group.trajectories
+            now.answers[int(index)] = [Answer.of(one, with_text=self.keep_texts) for one in group]
         else:
-            now.failed += 1
+            now.failed[int(index)] = message.cause
             LOG.warning("evaluation prompt %s failed: %s", index, message.cause)
         return self._finish(now) if now.finished else None
 
@@ -101,14 +126,11 @@ class Evaluator:
                 self.current.pending.append(index)
 
     def _finish(self, now: Evaluation) -> dict[str, float]:
-        self.current = None
-        asked = len(now.answers) + now.failed
-        metrics = {"eval/prompts": float(asked), "eval/failed": float(now.failed)}
-        if now.answers:
-            metrics["eval/reward_mean"] = float(np.mean([t.reward for t in now.answers]))
-            metrics["eval/length_mean"] = float(np.mean([len(t.token_ids) for t in now.answers]))
-            for name in sorted({name for t in now.answers for name in t.rewards}):
-                # A prompt that failed was not answered right: it counts as zero.
-                metrics[f"eval/{name}"] = float(sum(t.rewards.get(name, 0.0) for t in now.answers) / asked)
-            metrics["eval/accuracy"] = metrics.get(f"eval/{self.primary}", metrics["eval/reward_mean"])
-        return metrics
+        self.current, self.last = None, now
+        return evaluation_metrics(
+            [now.answers[index] for index in sorted(now.answers)],
+            failed=len(now.failed),
+            samples=self.options.samples,
+            primary=self.primary,
+            threshold=self.options.threshold,
+        )

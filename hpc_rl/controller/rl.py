@@ -38,7 +38,7 @@ EMPTY_STEPS_LIMIT = 10
 class RlController(Controller):
     """One attempt of an RL run."""
 
-    best_metric = "eval/accuracy"
+    usual_metric = "eval/accuracy"
 
     def __init__(self, role: RoleProcess) -> None:
         assert role.recipe.rollout is not None
@@ -98,7 +98,7 @@ class RlController(Controller):
             prompts,
             primary=str(self.recipe.reward[0]["name"]),
             max_tokens=self.recipe.eval.max_tokens or self.rollout.max_tokens,
-            seed=prompt_seed(self.recipe.seed, "eval", 0),
+            seed=self.recipe.seed,
         )
 
     def write_state(self, folder: Path, step: int) -> None:

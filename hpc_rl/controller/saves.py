@@ -48,12 +48,13 @@ class Saves:
         write_state: Callable[..., None],
         tell: Callable[..., None],
         uploads: Uploads,
+        best_mode: str | None = None,
     ) -> None:
         self.run, self.options, self.uploads = run, options, uploads
         self._command, self._write_state, self._tell = command, write_state, tell
         self._saving: dict[int, float] = {}
         self._exporting: dict[str, float] = {}
-        self.best = BestCheckpoint(run, options.enabled and options.keep_best)
+        self.best = BestCheckpoint(run, options.enabled and options.keep_best, best_mode)
         self._sweeper: threading.Thread | None = None
         self._last_tries, self._retry_at, self._final_tries = 0, 0.0, 0
         self.last_saved = -1  # commanded

@@ -82,7 +82,7 @@ class SftController(Controller):
         self.recorder.release(message.step, {**message.metrics, "time/eval_s": message.seconds})
         if message.step == 0:
             return  # the model as it came is no checkpoint
-        improved = self.saves.evaluated(message.step, self.best_metric, loss)
+        improved = self.saves.evaluated(message.step, self.best_metric, message.metrics[self.best_metric])
         if self._save_due(message.step) or improved:
             self.saves.save(message.step)
 

@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterator
 
 from hpc_rl.catalog.limits import ATTENTION, MAX_TEMPERATURE
+from hpc_rl.recipe.eval_checks import check_evaluation
 from hpc_rl.recipe.messages import is_secret, nearest
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.recipe.yaml_source import KeyPath, Problem, Source, Where, dotted
@@ -71,6 +72,9 @@ AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
     ("algorithm", "overlong_buffer"): (("rollout", "max_tokens"),),
     ("cluster", "signal_seconds"): (("cluster", "time"),),
     ("cluster", "time"): (("cluster", "site"),),
+    ("eval", "temperature"): (("rollout", "engine"),),
+    ("eval", "samples"): (("eval", "temperature"),),
+    ("eval", "best"): (("eval", "samples"), ("reward",), ("data", "eval")),
     # rows are judged by all keys of their section
     ("data", "train"): (("data", "train"),),
     ("data", "eval"): (("data", "eval"),),
@@ -122,7 +126,19 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
         place = blamed(source, path)
         problems.append(Problem(str(place) if place else "", dotted(path), message))
 
-    for checker in (_kind, _model, _data, _length, _batch, _optimizer, _guard, _rollout, _cluster):
+    for checker in (
+        _kind,
+        _model,
+        _data,
+        _length,
+        _batch,
+        _optimizer,
+        _guard,
+        _rollout,
+        _cluster,
+        check_evaluation,
+        check_scoring,
+    ):
         for path, message in checker(recipe):
             bad(message, *path)
     if "micro_batch_size" in recipe.policy.model_fields_set and recipe.policy.micro_batch_size is not None:

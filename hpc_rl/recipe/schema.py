@@ -329,9 +329,20 @@ class ControllerOptions(Section):
 
 
 class GroupOptions(Section):
+    """`samples` answers per prompt of `data.eval`, at `temperature` (0: greedy). An answer counts as a
+    success in `eval/pass@k` if the first reward gives it at least `threshold`. `best` is the metric that the
+    best checkpoint is chosen by (null: `eval/accuracy`, sft: `eval/loss`); `best_mode`: whether more or less
+    of it is better (null: less of a loss or a length, more of anything else)."""
+
     """Slurm options of one component. Null means: the site's value for this role."""
 
     nodes: Positive = 1
+    samples: Annotated[int, Field(ge=1, le=4096)] = 1
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    threshold: float = 1.0
+    best: str | None = None
+    best_mode: Literal["max", "min"] | None = None
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpc_rl.run.paths import COMPLETE, RunDir
 
-LOWER_IS_BETTER = ("eval/loss",)
+LOWER_IS_BETTER = ("eval/loss", "eval/perplexity", "eval/length_mean", "eval/truncated", "eval/failed")
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,17 @@ class Best:
         return f"step {self.step} ({self.metric} {self.value:.4g})"
 
 
-def improves(metric: str, value: float, on: Best | None) -> bool:
-    """Whether `value` is better than that of `on` (equal is not; a value that is not finite never is)."""
+def improves(metric: str, value: float, on: Best | None, mode: str | None = None) -> bool:
+    """Whether `value` is better than that of `on` (equal is not; a value that is not finite never is).
+
+    `mode` is `max` or `min`; None: as the metric usually is.
+    """
     if not math.isfinite(value):
         return False
     if on is None or on.metric != metric:
         return True
-    return value < on.value if metric in LOWER_IS_BETTER else value > on.value
+    lower = metric in LOWER_IS_BETTER if mode is None else mode == "min"
+    return value < on.value if lower else value > on.value
 
 
 def best_file(run: RunDir) -> Path:

@@ -41,6 +41,7 @@ def make_controller(
     before: bool,
     checkpoint: dict[str, Any] | None = None,
     algorithm: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
 ) -> RlController:
     run = RunDir.create(folder, "simulated")
     data = {"format": "prompt_answer", "prompt": "prompt", "answer": "answer"}
@@ -63,7 +64,7 @@ def make_controller(
             "policy": {"batch_size": PROMPTS_PER_STEP * GROUP_SIZE, "steps": steps},
             "rollout": {"replicas": replicas, "max_in_flight": 8},
             "checkpoint": {"export": "off", **(checkpoint or {"enabled": False})},
-            "eval": {"every": 2, "before": before},
+            "eval": {"every": 2, "before": before, **(evaluation or {})},
             "logging": {"wandb": {"mode": "off"}},
         }
     )

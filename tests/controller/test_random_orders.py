@@ -61,6 +61,57 @@ def test_the_best_of_the_evaluated_checkpoints_is_kept_whenever_its_score_comes(
     assert 6 in kept, "an evaluation may be given up or fall out, but not in every order"
 
 
+class Watching(Simulation):
+    """Notes what replicas are asked for training, and in which state of the policy."""
+
+    def run(self) -> bool:
+        self.asked: list[tuple[int, int, int]] = []
+        return super().run()
+
+    def obey(self, index: int, message: object) -> None:
+        if isinstance(message, m.Generate) and message.purpose == "train":
+            self.asked.append((message.prompt.ordinal, message.sampling.seed, self.version[index]))
+        super().obey(index, message)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_evaluations_leave_the_training_order_alone(tmp_path: Path, staleness: int) -> None:
+    """Prompts, seeds and order of a run with evaluations are those of one without; synchronously the policy
+    version of each prompt, too."""
+    asked, trained = [], []
+    for name, evaluates in (("with", True), ("without", False)):
+        controller = make_controller(
+            tmp_path / name,
+            steps=STEPS,
+            replicas=2,
+            before=True,
+            algorithm={"max_staleness": staleness},
+            evaluation={"samples": 3, "temperature": 0.5},
+        )
+        if not evaluates:
+            controller.recipe.data.eval = None
+        simulation = Watching(controller, 3, deaths=0, ack=0.9)
+        assert simulation.run()
+        assert bool(simulation.evaluated) == evaluates
+        seeds = sorted(simulation.asked)
+        asked.append(seeds if staleness == 0 else [pair[:2] for pair in seeds])
+        trained.append(simulation.trained)
+    assert asked[0] == asked[1]
+    assert trained[0] == trained[1]
+
+
+def test_the_best_checkpoint_is_chosen_by_the_metric_and_mode_of_the_recipe(tmp_path: Path) -> None:
+    controller = make_controller(
+        tmp_path, steps=STEPS, replicas=1, before=False,
+        checkpoint={"save_every": 2, "max_keep": 1},
+        evaluation={"best": "eval/pass@1", "best_mode": "min", "threshold": 0.5},
+    )  # fmt: skip
+    simulation = Simulation(controller, 0, deaths=0, ack=0.9)
+    simulation.skill = lambda version: {4: 0.1}.get(version, 0.9)
+    assert simulation.run()
+    assert read_best(controller.run_dir) == Best(4, "eval/pass@1", 0.0)
+
+
 def test_a_saved_adapter_is_pushed_before_the_first_prompt(tmp_path: Path) -> None:
     """The engines load the bare model, which is not the policy's version 0 then."""
 

@@ -109,6 +109,9 @@ def test_a_best_that_was_rolled_back_is_replaced_by_the_best_that_is_left(tmp_pa
     best = BestCheckpoint(run, enabled=True)
     best.restore(6, "eval/loss")
     assert best.best == Best(4, "eval/loss", 3.0)
+    write_best(run, Best(6, "eval/accuracy", 1.0))
+    best.restore(6, "eval/loss")  # resumed with another eval.best
+    assert best.best == Best(4, "eval/loss", 3.0)
     best.restore(2, "eval/loss")
     assert best.best == read_best(run) == Best(2, "eval/loss", 5.0)
 
@@ -129,3 +132,4 @@ def test_improves() -> None:
     assert improves("eval/accuracy", 0.6, Best(1, "eval/accuracy", 0.5))
     assert not improves("eval/accuracy", 0.4, Best(1, "eval/accuracy", 0.5))
     assert not improves("eval/loss", float("nan"), None)
+    assert improves("eval/loss", 2.0, Best(1, "eval/loss", 1.0), "max")

@@ -105,14 +105,19 @@ def test_sft_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
 
 
 def test_synchronous_rl_stopped_anywhere_resumes_to_the_same_bits(workspace: Path) -> None:
-    changes = {"algorithm": {"max_staleness": 0}, "policy": {"steps": 8}, "eval": {"before": True}}
-    recipe = tiny.rl_recipe(workspace, **changes)
-    whole = Run.submit(recipe)
+    """And evaluations, here of several samples in the run that is stopped, change no bit of the training."""
+    changes = {"algorithm": {"max_staleness": 0}, "policy": {"steps": 8}}
+    whole = Run.submit(tiny.rl_recipe(workspace, **changes))
     whole.complete()
-    broken = Run.submit(recipe)
+    evaluated = {"path": str(workspace / "eval.jsonl"), "prompt": "question", "answer": "answer", "limit": 3}
+    sampled = {"every": 2, "before": True, "samples": 2, "temperature": 1.0}
+    broken = Run.submit(tiny.rl_recipe(workspace, **changes, data={"eval": evaluated}, eval=sampled))
     stop_somewhere_and_resume(broken, random.Random(1), last=5)
     broken.complete()
     assert_same_bits(whole, broken, "train/loss", "rollout/reward_mean")
+    scored = [row for row in broken.metrics() if "eval/pass@2" in row]
+    assert [row["step"] for row in scored] == [0, 2, 4, 6, 8]
+    assert all(row["eval/prompts"] == 3 and row["eval/unscored"] == 0 for row in scored)
     assert_trained_once(broken, 16)
     assert any(row["train/loss"] != 0 for row in broken.metrics() if row["step"])
     assert all(row["rollout/staleness_max"] == 0 for row in broken.metrics() if row["step"])

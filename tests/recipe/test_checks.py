@@ -98,6 +98,26 @@ Wrong = Callable[..., str]
             ["policy.optimizer.groups=[{match: norm}]"],
             "policy.optimizer.groups.0.match: is 'norm'; give this group an lr or a weight_decay of its own",
         ),
+        (["eval.samples=4"], "eval.samples: is 4; at temperature 0 all answers are alike: set eval.temp"),
+        (["eval.top_p=0.9"], "eval.top_p: is 0.9; it does nothing at temperature 0"),
+        (
+            ["eval={samples: 4, temperature: 2.5}", "rollout.engine=vllm"],
+            "eval.temperature: is 2.5; rollout.engine vllm takes at most 2",
+        ),
+        (
+            ["data.eval={path: e.jsonl}", "eval={samples: 4, temperature: 1, best: pass@4}"],
+            "eval.best: is 'pass@4'; must be one of eval/accuracy, eval/reward_mean,",
+        ),
+        (
+            ["data.eval={path: e.jsonl}", "eval.best=eval/pass@2"],
+            "eval/pass@1. Did you mean 'eval/pass@1'?",
+        ),
+        (["eval.best_mode=min"], "eval.best_mode: belongs to eval.best: name the metric"),
+        (["data.eval=null", "eval.best=eval/accuracy"], "without data.eval nothing is measured"),
+        (
+            ["kind=sft", "rollout=null", "reward=[]", "algorithm={name: sft}", "eval.samples=2"],
+            "eval.samples: belongs to kind rl; kind sft evaluates by a loss",
+        ),
         (["policy.guard.spike=3"], "policy.guard.spike: belongs to kind sft: the loss of a policy gradient"),
         (["policy.optimizer.clip_norm=0"], "policy.optimizer.clip_norm: is 0; must be greater than 0"),
         (["algorithm.clip_high=.inf"], "algorithm.clip_high: is Infinity"),
