@@ -137,7 +137,6 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
         _rollout,
         _cluster,
         check_evaluation,
-        check_scoring,
     ):
         for path, message in checker(recipe):
             bad(message, *path)
