@@ -73,7 +73,7 @@ def write_recipe(folder: Path, steps: int) -> Path:
         "name": "grpo-step",
         "kind": "rl",
         "output_root": str(folder / "runs"),
-        "model": {"path": str(folder / "model"), "dtype": "float32", "attn_implementation": "sdpa"},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"train": {"path": str(folder / "train.jsonl"), "format": "prompt_answer", "chat": False}},
         "algorithm": {"name": "grpo", "group_size": GROUP_SIZE},
         "plugins": [str(folder / "variety.py")],

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from hpc_rl.plan.groups import Placement
 from hpc_rl.recipe.checks import parse_time
 from hpc_rl.recipe.load import LoadedRecipe
-from hpc_rl.recipe.schema import Cluster
+from hpc_rl.recipe.schema import Cluster, ScoringOptions
 
 # What means something to Slurm only. Each role's `nodes` is 1 on one machine; `cpus_per_task` and
 # `gpus_per_node` do count there.
 _SLURM_GROUP = ("nodes", "partition", "account", "qos", "constraint", "mem", "sbatch")
 # Start-up alone (imports, the engine's compilation, loading of weights) takes minutes.
 _WORK_S = 300
-_ROLES = ("controller", "policy", "rollout")
+_ROLES = ("controller", "policy", "rollout", "reward", "teacher")
 
 
 def advice(loaded: LoadedRecipe, placement: Placement, *, here: bool = False) -> list[str]:
     """One line each. `here`: inside an allocation, which has a time of its own."""
-    always = [*_warmup(loaded), *_experts(loaded), *_uncorrected(loaded)]
+    always = [*_warmup(loaded), *_experts(loaded), *_uncorrected(loaded), *_row_mask(loaded)]
     if placement == "local":
         return [*always, *_ignored(loaded)]
     return [*always, *([] if here else _time(loaded))]
@@ -63,6 +63,17 @@ def _uncorrected(loaded: LoadedRecipe) -> Iterator[str]:
         )
 
 
+def _row_mask(loaded: LoadedRecipe) -> Iterator[str]:
+    """Transformers' own sdpa and eager know no boundaries but those of a mask."""
+    name = loaded.recipe.model.attn_implementation
+    if name in ("sdpa", "eager") and loaded.recipe.policy.trainer == "fsdp2":
+        where = loaded.where("model", "attn_implementation")
+        yield (
+            f"{where}: model.attn_implementation {name} attends over a mask of the whole packed row, "
+            "quadratic in its tokens; leave it out for SDPA sequence by sequence, with the same numbers"
+        )
+
+
 def _experts(loaded: LoadedRecipe) -> Iterator[str]:
     """PEFT adds B A to the whole tensor in the forward, and the sum is kept for the backward."""
     recipe = loaded.recipe
@@ -79,11 +90,12 @@ def _experts(loaded: LoadedRecipe) -> Iterator[str]:
 def _ignored(loaded: LoadedRecipe) -> Iterator[str]:
     """Keys that the recipe says itself and that a run without Slurm does nothing with."""
     given, default = loaded.recipe.cluster.model_dump(), Cluster().model_dump()
-    paths = [(role, key) for role in _ROLES for key in _SLURM_GROUP if key in given[role]]
+    options = ScoringOptions().model_dump()
+    paths = [(role, key) for role in _ROLES for key in _SLURM_GROUP if key in (given[role] or ())]
     said = [
         (role, key)
         for role, key in paths
-        if loaded.written("cluster", role, key) and given[role][key] != default[role][key]
+        if loaded.written("cluster", role, key) and given[role][key] != (default[role] or options)[key]
     ]
     if said:
         names = ", ".join(f"cluster.{role}.{key}" for role, key in said)

@@ -40,7 +40,7 @@ def sft_recipe(folder: Path, **changes: object) -> Path:
         "name": "tiny-sft",
         "kind": "sft",
         "output_root": str(folder / "runs"),
-        "model": {"path": str(folder / "model"), "dtype": "float32", "attn_implementation": "sdpa"},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {
             "train": {
                 "path": str(folder / "train.jsonl"),
@@ -63,7 +63,7 @@ def rl_recipe(folder: Path, **changes: object) -> Path:
         "name": "tiny-grpo",
         "kind": "rl",
         "output_root": str(folder / "runs"),
-        "model": {"path": str(folder / "model"), "dtype": "float32", "attn_implementation": "sdpa"},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {
             "train": {
                 "path": str(folder / "train.jsonl"),

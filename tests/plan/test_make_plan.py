@@ -110,6 +110,15 @@ def test_stale_samples_without_a_correction_are_a_warning(plan: Make) -> None:
     assert plan(off % 0).warnings == []
 
 
+def test_a_mask_of_the_whole_row_is_a_warning(plan: Make) -> None:
+    (warning,) = [
+        text for text in plan("model.attn_implementation=sdpa", trainer="fsdp2").warnings if "mask" in text
+    ]
+    assert warning.startswith("override 'model.attn_implementation=sdpa': model.attn_implementation sdpa")
+    for other in ("model.attn_implementation=null", "model.attn_implementation=flash_attention_2"):
+        assert not any("mask" in text for text in plan(other, trainer="fsdp2").warnings)
+
+
 def test_adapters_of_experts_without_checkpointing_are_a_warning(plan: Make) -> None:
     lora = "model.lora={target_parameters: [experts.down_proj]}"
     (warning,) = [text for text in plan(lora, trainer="fsdp2").warnings if "merged experts" in text]
