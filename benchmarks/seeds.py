@@ -1,4 +1,4 @@
-"""Does asynchrony cost learning? Held-out accuracy of the quickstart's GRPO, asynchronous ÷ synchronous, by seeds.
+"""Does asynchrony cost learning? Held-out accuracy of the quickstart by GRPO, async ÷ sync, seed by seed.
 
 One SFT start, then for every seed three runs of `recipes/quickstart/grpo.yaml` through the whole system:
 
