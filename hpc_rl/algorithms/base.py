@@ -51,10 +51,14 @@ class LossOutput:
 
 
 class Algorithm(Protocol):
-    """A policy loss as a pure function; no I/O and no collectives."""
+    """A policy loss as a pure function; no I/O and no collectives.
+
+    With `needs_reference` batches come with `reference_log_probs`.
+    """
 
     temperature: float
     needs_entropy: bool
+    needs_reference: bool
 
     def loss(self, batch: TokenBatch, log_probs: Tensor, entropy: Tensor | None) -> LossOutput:
         """The loss of trainer log-probs [N] (fp32, with graph) and, if asked for, entropies [N]."""

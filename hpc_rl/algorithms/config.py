@@ -50,6 +50,8 @@ class Correction(Section):
 class RlConfig(Section, ABC):
     """What every algorithm on rollouts has. `max_staleness` is in policy versions; 0 is synchronous.
 
+    With `drop_zero_variance` groups whose answers were scored the same are dropped, and further prompts are
+    started for them: at most `max_refill` times the prompts of a step, then the step is smaller.
     `overlong_buffer`: from so many tokens before `rollout.max_tokens` on, the reward falls to one less at
     the end; null: a fifth of it, 0: not at all.
     """
@@ -58,6 +60,7 @@ class RlConfig(Section, ABC):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     kl_beta: float = Field(default=0.0, ge=0)
+    kl_estimator: Literal["k1", "k2", "k3", "k3_k2"] = "k3_k2"
     max_staleness: NonNegative = 2
     # What the ratio is taken against (algorithms/core.py): the sampler's recorded log-probs, which
     # corrects and clips at once, or the trainer's own at the start of the step times a correction.
@@ -68,6 +71,7 @@ class RlConfig(Section, ABC):
     loss_aggregation: Aggregation = "token_mean"
     loss_length: Positive | None = None
     drop_zero_variance: bool = False
+    max_refill: float = Field(default=3.0, ge=0, le=1000)
     overlong_buffer: NonNegative | None = 0
 
     # Answers to a prompt that the advantages need.
@@ -88,13 +92,18 @@ class RlConfig(Section, ABC):
             )
         return value
 
-    @field_validator("kl_beta")
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss asks for the log-probs of `policy.reference`."""
+        return self.kl_beta > 0
+
+    @field_validator("kl_estimator")
     @classmethod
-    def _no_reference_model(cls, value: float) -> float:
-        if value > 0:
+    def _has_a_gradient(cls, value: str) -> str:
+        if value == "k1":
             raise ValueError(
-                "must be 0: the penalty needs the log-probs of a reference model, which this version does "
-                "not load"
+                "must not be k1 in the loss, where its gradient is 0 on average and it would only add noise; "
+                "k3_k2 has the value of k3 and the gradient of the KL"
             )
         return value
 
@@ -120,6 +129,12 @@ class RlConfig(Section, ABC):
     def _groups_can_differ(self) -> RlConfig:
         if self.drop_zero_variance and self.group_size == 1:
             raise ValueError("drop_zero_variance needs group_size of 2 or more: one answer differs from none")
+        return self
+
+    @model_validator(mode="after")
+    def _refill_needs_drops(self) -> RlConfig:
+        if "max_refill" in self.model_fields_set and not self.drop_zero_variance:
+            raise ValueError("max_refill belongs to drop_zero_variance: true (else no group is left out)")
         return self
 
     @model_validator(mode="after")
@@ -268,3 +283,39 @@ class MaxRlConfig(Clip):
 
 class SftConfig(Section):
     """Supervised fine-tuning: cross-entropy on completion tokens. No options yet."""
+
+    needs_reference: ClassVar[bool] = False
+
+
+class DpoConfig(Section):
+    """Direct preference optimisation, on pairs of answers (docs/preference.md).
+
+    `reference: false` compares the policy's own log-probs, and no second model is held.
+    `length_normalize` takes means over an answer's tokens in place of sums (`ipo` always does). `gamma` is a
+    margin that is asked for (with means and no reference: SimPO), `label_smoothing` the share of pairs that
+    are labelled the wrong way round, `nll_weight` that of the log-likelihood of what was chosen.
+    """
+
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    beta: float = Field(default=0.1, gt=0)
+    reference: bool = True
+    length_normalize: bool = False
+    gamma: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    nll_weight: float = Field(default=0.0, ge=0)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.reference
+
+    @model_validator(mode="after")
+    def _options_do_something(self) -> DpoConfig:
+        if self.label_smoothing > 0 and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss: sigmoid; with {self.loss} leave it out")
+        if self.gamma > 0 and self.loss != "sigmoid":
+            raise ValueError(f"gamma belongs to loss: sigmoid; {self.loss} has a margin of its own")
+        if self.length_normalize and self.loss == "ipo":
+            raise ValueError(
+                "length_normalize belongs to sigmoid and hinge; ipo always takes means over tokens"
+            )
+        return self

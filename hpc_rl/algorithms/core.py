@@ -200,13 +200,26 @@ def policy_loss(
     if config.positive_nll > 0:
         good = (tokens.advantages > 0).to(weights.dtype)
         loss = loss - config.positive_nll * (weights * good * tokens.current).sum()
-    if config.kl_beta > 0:
-        assert batch.reference_log_probs is not None
-        reference = torch.where(tokens.mask > 0, batch.reference_log_probs, torch.zeros_like(log_probs))
-        loss = loss + config.kl_beta * (weights * kl_penalty("k3_k2", tokens.current, reference)).sum()
+    penalty = reference_penalty(batch, tokens, config)
+    if penalty is not None:
+        loss = loss + config.kl_beta * (weights * penalty).sum()
     # An all-masked micro-batch still has a graph: the other ranks wait for its backward.
     loss = loss + tokens.current.sum() * 0.0
-    return LossOutput(loss, *_statistics(tokens, found, kept, entropy))
+    sums, maxima = _statistics(tokens, found, kept, entropy)
+    if penalty is not None:
+        sums["kl_reference"] = (penalty.detach() * tokens.mask).sum()
+    return LossOutput(loss, sums, maxima)
+
+
+def reference_penalty(batch: TokenBatch, tokens: Tokens, config: RlConfig) -> Tensor | None:
+    """The KL estimate of each token [N], 0 where the mask is 0; None without a penalty."""
+    if config.kl_beta == 0:
+        return None
+    assert batch.reference_log_probs is not None
+    # What the reference cannot score is not penalised; `current` is 0 where the mask is.
+    usable = (tokens.mask > 0) & ~torch.isnan(batch.reference_log_probs)
+    reference = torch.where(usable, batch.reference_log_probs, tokens.current.detach())
+    return kl_penalty(config.kl_estimator, tokens.current, reference) * usable.to(tokens.mask.dtype)
 
 
 @torch.no_grad()
@@ -247,6 +260,7 @@ class PolicyGradient(ABC):
     def __init__(self, config: RlConfig) -> None:
         self.config = config
         self.temperature = config.temperature
+        self.needs_reference = config.needs_reference
 
     @abstractmethod
     def surrogate(self, tokens: Tokens) -> Surrogate:

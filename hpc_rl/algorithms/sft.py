@@ -13,6 +13,7 @@ class Sft:
     """`Algorithm` of that name: loss = -sum(mask * log p) / tokens of the step."""
 
     needs_entropy = False
+    needs_reference = False
     temperature = 1.0
 
     def __init__(self, config: SftConfig | None = None) -> None:

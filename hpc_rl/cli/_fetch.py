@@ -121,6 +121,10 @@ def repositories(loaded: LoadedRecipe) -> list[Repository]:
     if model.tokenizer is not None and model.tokenizer != model.path:
         where = loaded.where("model", "tokenizer")
         found.append(Repository("model", model.tokenizer, None, "model.tokenizer", where))
+    reference = loaded.recipe.policy.reference
+    if reference.path is not None and reference.path != model.path:
+        where = loaded.where("policy", "reference", "path")
+        found.append(Repository("model", reference.path, reference.revision, "policy.reference.path", where))
     for key, spec in (("data.train.path", data.train), ("data.eval.path", data.eval)):
         if spec is not None and (spec.path, spec.revision) not in [(r.name, r.revision) for r in found]:
             found.append(Repository("dataset", spec.path, spec.revision, key, loaded.where(*key.split("."))))

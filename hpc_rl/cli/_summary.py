@@ -37,6 +37,7 @@ def plan_summary(plan: Plan) -> str:
         room = f" of {memory.gpu_gb:g} GiB" if memory.gpu_gb else ""
         room = " of the node" if memory.on_host else room
         average = f", average {memory.ema_gb:.1f}" if memory.ema_gb else ""
+        average += f", reference {memory.reference_gb:.1f}" if memory.reference_gb else ""
         some = (
             f", {millions(memory.trained)} trained" if memory.trained not in (None, memory.parameters) else ""
         )

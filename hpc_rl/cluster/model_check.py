@@ -31,7 +31,7 @@ _TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spe
 def check_model(loaded: LoadedRecipe, site: Site) -> list[Finding]:
     """Config, weights and tokenizer are on this machine, whole, at the recipe's revision."""
     model = loaded.recipe.model
-    findings = _repository(loaded, model.path, model.revision, site, "path")
+    findings = _repository(loaded, model.path, model.revision, site, "model", "path")
     if any(finding.level == "error" for finding in findings):
         return findings
     folder = _folder(model.path, model.revision, site)
@@ -43,7 +43,7 @@ def check_model(loaded: LoadedRecipe, site: Site) -> list[Finding]:
     findings += _weights(folder, where)
     tokenizer = folder
     if model.tokenizer is not None:
-        found = _repository(loaded, model.tokenizer, None, site, "tokenizer")
+        found = _repository(loaded, model.tokenizer, None, site, "model", "tokenizer")
         findings += found
         other = _folder(model.tokenizer, None, site)
         if other is None or any(finding.level == "error" for finding in found):
@@ -52,7 +52,22 @@ def check_model(loaded: LoadedRecipe, site: Site) -> list[Finding]:
     if not any((tokenizer / name).is_file() for name in _TOKENIZER):
         fix = "set model.tokenizer to a folder or Hub name that has one"
         findings.append(Finding("error", where, f"{tokenizer} has no tokenizer files", fix))
-    return findings + _tokenizer(tokenizer, where)
+    return findings + _tokenizer(tokenizer, where) + _reference(loaded, site)
+
+
+def _reference(loaded: LoadedRecipe, site: Site) -> list[Finding]:
+    """The files of a reference model that is another than the policy's."""
+    options = loaded.recipe.policy.reference
+    if options.path is None:
+        return []
+    findings = _repository(loaded, options.path, options.revision, site, "policy", "reference", "path")
+    folder = _folder(options.path, options.revision, site)
+    if folder is None or any(finding.level == "error" for finding in findings):
+        return findings
+    where = place(loaded, "policy", "reference", "path")
+    if not (folder / "config.json").is_file():
+        return [Finding("error", where, f"{folder} has no config.json", "it must be a Transformers model")]
+    return findings + _config(folder, where) + _weights(folder, where)
 
 
 def _config(folder: Path, where: str) -> list[Finding]:
@@ -85,8 +100,10 @@ def _folder(path: str, revision: str | None, site: Site) -> Path | None:
     return find_snapshot(path, revision, site.paths.hf_home)
 
 
-def _repository(loaded: LoadedRecipe, path: str, revision: str | None, site: Site, key: str) -> list[Finding]:
-    where = place(loaded, "model", key)
+def _repository(
+    loaded: LoadedRecipe, path: str, revision: str | None, site: Site, *key: str
+) -> list[Finding]:
+    where = place(loaded, *key)
     folder = _folder(path, revision, site)
     if is_local(path):
         if folder is not None and folder.is_dir():

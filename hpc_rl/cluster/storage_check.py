@@ -17,6 +17,7 @@ from pathlib import Path
 from hpc_rl.cluster.findings import Finding, place
 from hpc_rl.plan.schema import Plan
 from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.reference_model import reference_mode
 from hpc_rl.recipe.schema import Recipe
 
 GIB = 2**30
@@ -54,7 +55,10 @@ def needs(recipe: Recipe, plan: Plan) -> Needs | None:
     if memory is None or mesh is None:
         return None
     shards = mesh.dp_shard * mesh.cp * mesh.tp * mesh.pp
-    rank_file = int((memory.weights_gb + memory.optimizer_gb + memory.ema_gb) * GIB)
+    copies = memory.ema_gb
+    if reference_mode(recipe) == "full" and recipe.policy.reference.reset_every is not None:
+        copies += memory.gradients_gb  # what is trained, as the reference has it
+    rank_file = int((memory.weights_gb + memory.optimizer_gb + copies) * GIB)
     checkpoint, kept, words = rank_file * shards, 0, []
     # Epochs are steps only when the rows are counted: then as many checkpoints as a long run keeps.
     saves = None if plan.total_steps is None else plan.total_steps // options.save_every + 1

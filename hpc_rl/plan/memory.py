@@ -6,6 +6,7 @@ import math
 import re
 
 from hpc_rl.plan.schema import MemoryEstimate, Mesh
+from hpc_rl.recipe.reference_model import reference_mode
 from hpc_rl.recipe.schema import Lora, Model, Recipe
 
 GIB = 2**30
@@ -22,9 +23,9 @@ Shapes = dict[str, list[int]]
 def estimate(
     recipe: Recipe, parameters: int, mesh: Mesh, gpu_gb: float | None, shapes: Shapes | None = None
 ) -> MemoryEstimate:
-    """GiB per GPU. Weights are kept in fp32, and so are gradients, both AdamW moments and the moving
-    average of those that are trained; all are sharded over every dimension but `dp_replicate`. The forward
-    runs in `model.dtype` on one gathered layer at a time.
+    """GiB per GPU. Weights are kept in fp32, and so are those of a reference model, and gradients, both AdamW
+    moments and the moving average of those that are trained; all are sharded over every dimension but
+    `dp_replicate`. The forward runs in `model.dtype` on one gathered layer at a time.
 
     `shapes` are the tensors of the model's files by name, where these are here.
     """
@@ -39,9 +40,15 @@ def estimate(
         gradients_gb=round(per_element * trained, 3),
         optimizer_gb=round(per_element * moments * trained, 3),
         ema_gb=round(per_element * trained, 3) if policy.ema is not None else 0.0,
+        reference_gb=round(per_element * parameters, 3) if _second_model(recipe) else 0.0,
         on_host=policy.cpu_offload,
         gpu_gb=gpu_gb,
     )
+
+
+def _second_model(recipe: Recipe) -> bool:
+    """Whether a second model lies on the GPU: a reference that is one, taken to be as large as the policy."""
+    return reference_mode(recipe) == "full" and not recipe.policy.reference.cpu_offload
 
 
 def trained_parameters(model: Model, parameters: int, shapes: Shapes | None) -> tuple[int, int]:
@@ -122,6 +129,7 @@ def memory_warnings(recipe: Recipe, memory: MemoryEstimate) -> list[str]:
     warnings = []
     if memory.total_gb > memory.gpu_gb and not memory.on_host:
         average = f" + average {memory.ema_gb:.1f}" if memory.ema_gb else ""
+        average += f" + reference {memory.reference_gb:.1f}" if memory.reference_gb else ""
         warnings.append(
             f"policy: weights {memory.weights_gb:.1f} + gradients {memory.gradients_gb:.1f} + optimizer "
             f"{memory.optimizer_gb:.1f}{average} = {memory.total_gb:.1f} GiB per GPU, the site's GPUs have "

@@ -66,12 +66,13 @@ class MemoryEstimate(_Data):
     gradients_gb: float
     optimizer_gb: float
     ema_gb: float = 0.0
+    reference_gb: float = 0.0
     on_host: bool = False
     gpu_gb: float | None = None
 
     @property
     def total_gb(self) -> float:
-        return self.weights_gb + self.gradients_gb + self.optimizer_gb + self.ema_gb
+        return self.weights_gb + self.gradients_gb + self.optimizer_gb + self.ema_gb + self.reference_gb
 
 
 class Plan(_Data):

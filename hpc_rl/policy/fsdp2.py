@@ -24,6 +24,7 @@ from hpc_rl.policy.exports import EXPORT_LIMIT_S, Exports
 from hpc_rl.policy.guard import SpikeGuard, name_samples
 from hpc_rl.policy.optimizer import clip_gradients, make_optimizer, schedule_factor, set_rates
 from hpc_rl.policy.profiling import StepProfiler
+from hpc_rl.policy.reference import Reference, make_reference
 from hpc_rl.policy.restore import Restorer, stage_file
 from hpc_rl.policy.sft_data import SftData, total_steps
 from hpc_rl.policy.sft_open import open_sft_data
@@ -43,6 +44,7 @@ class Fsdp2Trainer:
     algorithm: Algorithm
     runner: StepRunner
     ema: WeightAverage | None = None
+    reference: Reference | None = None
 
     def __init__(self, context: TrainerContext) -> None:
         self.context, self.recipe = context, context.recipe
@@ -89,7 +91,8 @@ class Fsdp2Trainer:
         self.optimizer = make_optimizer(self.model.module, recipe.policy.optimizer)
         self.algorithm = self._make_algorithm()
         ranks = Ranks(self.rank, self.world_size, self.data_parallel, self.tp, self.device)
-        self.runner = StepRunner(self.model, self.algorithm, ranks, self.model.sharded)
+        self.reference = make_reference(recipe, self.model, parallel, self.algorithm.temperature)
+        self.runner = StepRunner(self.model, self.algorithm, ranks, self.model.sharded, self.reference)
         if recipe.policy.ema is not None:
             self.ema = WeightAverage(self.model.module, recipe.policy.ema)
         self.timer = StepTimer(self.device)
@@ -171,6 +174,8 @@ class Fsdp2Trainer:
         self.step = command.step
         if self.ema is not None:
             self.ema.update(self.step)
+        if self.reference is not None:
+            self.reference.after_step(self.step)
         self.timer.mark("optimizer")
         metrics = reduced.metrics() | {"train/lr": options.lr * factor} | self.timer.metrics()
         if self.sft is not None:
@@ -250,8 +255,17 @@ class Fsdp2Trainer:
         # Read from the model's files only where the checkpoint leaves weights to them.
         partly = any(not p.requires_grad for p in self.model.module.parameters())
         frozen = self.model.fingerprint if partly else b""
+        reference = self.reference.state() if self.reference is not None else {}
         return TrainingState(
-            self.model.module, self.optimizer, self.ema, self.guard, step, self.rank, frozen, self.sft
+            self.model.module,
+            self.optimizer,
+            self.ema,
+            self.guard,
+            step,
+            self.rank,
+            frozen,
+            self.sft,
+            reference,
         )
 
     def export(self, step: int, label: str, folder: Path) -> None:

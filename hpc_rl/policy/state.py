@@ -1,7 +1,7 @@
 """What a checkpoint of the policy holds, as flat names: model, optimizer, averages, step, every rank's RNG.
 
     model.<parameter or buffer>    optim.<parameter>.<exp_avg | exp_avg_sq | step>    ema.<parameter>
-    guard    step    frozen    data_state    rng_<rank>    rng_cuda_<rank>
+    reference.<parameter>    guard    step    frozen    data_state    rng_<rank>    rng_cuda_<rank>
 
 Tensors only; learning rates and the like come from the recipe and the step. Frozen weights are those of the
 model's files, which `frozen` tells apart from others. Optimizer state goes by the
@@ -11,7 +11,7 @@ parameter's name, so that the recipe's parameter groups may change between save 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ LOG = logging.getLogger("hpc_rl.policy")
 @dataclass
 class TrainingState:
     """Everything that a step changes. `ema` and `guard` may be None. `frozen` identifies the files that the
-    weights which are not trained come from (`HfModel.fingerprint`)."""
+    weights which are not trained come from (`HfModel.fingerprint`). `reference` is what a
+    reference model that changes has (`policy.reference.Reference.state`)."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -41,6 +42,7 @@ class TrainingState:
     rank: int
     frozen: bytes = b""
     data: SftData | None = None
+    reference: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """References to the live tensors (RNG states, the guard's window and the step are copies)."""
@@ -54,6 +56,7 @@ class TrainingState:
                     state[f"optim.{name}.{key}"] = value
         if self.ema is not None:
             state |= {f"ema.{name}": value for name, value in self.ema.shadow.items()}
+        state |= {f"reference.{name}": value for name, value in self.reference.items()}
         if self.guard is not None:
             state |= self.guard.state()
         if self.frozen:
@@ -97,6 +100,10 @@ class TrainingState:
         if fresh_average:
             LOG.warning("%s has no averaged weights: policy.ema starts from the weights there", folder)
             optional |= averages
+        copies = {name for name in state if name.startswith("reference.")}
+        if copies and not copies & set(saved):
+            LOG.warning("%s has no reference model: it is the one that the recipe names", folder)
+            optional |= copies
         if "guard" in state and ("guard" not in saved or saved["guard"].size != state["guard"].shape):
             LOG.warning("%s has no losses for policy.guard (or another window): it starts anew", folder)
             del state["guard"]

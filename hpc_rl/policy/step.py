@@ -15,6 +15,7 @@ from hpc_rl.algorithms.chunked_head import WeightedSum
 from hpc_rl.data.errors import DataError
 from hpc_rl.models.base import ModelAdapter
 from hpc_rl.policy.batching import PackedBatch, pack_samples
+from hpc_rl.policy.reference import Reference
 from hpc_rl.types import TrainSample
 
 SampleId = tuple[int, int]  # ordinal, number of the sample of that prompt
@@ -104,8 +105,16 @@ class Reduced:
 class StepRunner:
     """Runs the micro-batches of this rank; gradients add up in the parameters."""
 
-    def __init__(self, model: ModelAdapter, algorithm: Algorithm, ranks: Ranks, sharded: bool) -> None:
+    def __init__(
+        self,
+        model: ModelAdapter,
+        algorithm: Algorithm,
+        ranks: Ranks,
+        sharded: bool,
+        reference: Reference | None = None,
+    ) -> None:
         self.model, self.algorithm, self.ranks, self.sharded = model, algorithm, ranks, sharded
+        self.reference = reference
 
     def forward_backward(self, micro_batches: list[list[TrainSample]], denominator: float) -> Totals:
         """Gradients of all micro-batches, and the totals of this rank. Waits for no number of the device."""
@@ -114,12 +123,17 @@ class StepRunner:
             if self.sharded:
                 # HSDP: replicas agree once, after the last micro-batch.
                 self.model.module.set_requires_all_reduce(number == len(micro_batches) - 1)
-            batch = pack_samples(samples, denominator, self.ranks.device)
+            batch = self._pack(samples, denominator)
+            if self.reference is not None:
+                batch.tokens.reference_log_probs = self.reference.log_probs(batch)
             output = self.algorithm.loss(batch.tokens, *self._log_probs(batch))
             # FSDP averages over the data-parallel ranks; our shares of the loss add up.
             (output.loss * (self.ranks.data_parallel if self.sharded else 1)).backward()
             totals.add(output, samples)
         return totals
+
+    def _pack(self, samples: list[TrainSample], denominator: float) -> PackedBatch:
+        return pack_samples(samples, denominator, self.ranks.device, placeholders=self.model.placeholders)
 
     def _log_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         algorithm, tokens = self.algorithm, batch.tokens
@@ -138,7 +152,7 @@ class StepRunner:
         module.eval()
         with torch.random.fork_rng(devices):
             for samples in micro_batches:
-                batch = pack_samples(samples, 1.0, self.ranks.device)
+                batch = self._pack(samples, 1.0)
                 log_probs, _ = self._log_probs(batch)
                 kept = torch.where(batch.tokens.mask > 0, log_probs, torch.zeros_like(log_probs))
                 sums += torch.stack([kept.double().sum(), batch.tokens.mask.double().sum()])

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 from hpc_rl.catalog.limits import ATTENTION, MAX_TEMPERATURE
 from hpc_rl.recipe.eval_checks import check_evaluation
+from hpc_rl.recipe.learner_checks import check_learner
 from hpc_rl.recipe.messages import is_secret, nearest
 from hpc_rl.recipe.schema import Recipe
+from hpc_rl.recipe.scoring_checks import check_scoring
 from hpc_rl.recipe.yaml_source import KeyPath, Problem, Source, Where, dotted
 
 SECRET_NAME = re.compile(r"[A-Z_][A-Z0-9_]*\Z")
@@ -54,6 +56,8 @@ _FORBIDDEN = (
     *("chdir", "D"),
 )
 
+# kinds without rollouts -> their algorithm (preference: or a plugin's)
+SUPERVISED = {"sft": "sft", "preference": "dpo"}
 
 # key that a message is about -> keys that it must agree with
 AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
@@ -69,12 +73,12 @@ AGREE: dict[KeyPath, tuple[KeyPath, ...]] = {
     ("rollout", "max_model_len"): (("rollout", "max_tokens"), ("model", "path")),
     ("rollout", "max_tokens"): (("model", "path"),),
     ("algorithm", "temperature"): (("rollout", "engine"),),
-    ("algorithm", "overlong_buffer"): (("rollout", "max_tokens"),),
-    ("cluster", "signal_seconds"): (("cluster", "time"),),
-    ("cluster", "time"): (("cluster", "site"),),
     ("eval", "temperature"): (("rollout", "engine"),),
     ("eval", "samples"): (("eval", "temperature"),),
     ("eval", "best"): (("eval", "samples"), ("reward",), ("data", "eval")),
+    ("algorithm", "overlong_buffer"): (("rollout", "max_tokens"),),
+    ("cluster", "signal_seconds"): (("cluster", "time"),),
+    ("cluster", "time"): (("cluster", "site"),),
     # rows are judged by all keys of their section
     ("data", "train"): (("data", "train"),),
     ("data", "eval"): (("data", "eval"),),
@@ -137,6 +141,8 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
         _rollout,
         _cluster,
         check_evaluation,
+        check_learner,
+        check_scoring,
     ):
         for path, message in checker(recipe):
             bad(message, *path)
@@ -162,8 +168,10 @@ def _kind(recipe: Recipe) -> Found:
             yield ("rollout",), "kind rl needs a rollout section (engine, replicas, max_tokens)"
         if not recipe.reward and recipe.simulator is None:
             yield ("reward",), "kind rl needs at least one reward, for example [{name: gsm8k, weight: 1.0}]"
-        if recipe.algorithm.get("name") == "sft":
-            yield ("algorithm", "name"), "is 'sft', which belongs to kind sft; for kind rl use grpo"
+        name = recipe.algorithm.get("name")
+        if name in SUPERVISED.values():
+            kind = next(kind for kind, own in SUPERVISED.items() if own == name)
+            yield ("algorithm", "name"), f"is {name!r}, which belongs to kind {kind}; for kind rl use grpo"
         return
     for name, present in (
         ("rollout", recipe.rollout is not None),
@@ -173,8 +181,9 @@ def _kind(recipe: Recipe) -> Found:
         if present:
             empty = "[]" if name == "reward" else "null"
             yield (name,), f"kind {recipe.kind} has no {name}; remove it, or write {empty} if it is inherited"
-    if recipe.kind == "sft" and recipe.algorithm.get("name") not in (None, "sft"):
-        yield ("algorithm", "name"), f"is {recipe.algorithm['name']!r}; kind sft has algorithm sft (or none)"
+    wanted, found = SUPERVISED[recipe.kind], recipe.algorithm.get("name")
+    if found not in (None, wanted) and (recipe.kind == "sft" or not recipe.plugins):
+        yield ("algorithm", "name"), f"is {found!r}; kind {recipe.kind} has algorithm {wanted} (or none)"
 
 
 def _model(recipe: Recipe) -> Found:
@@ -210,8 +219,15 @@ def _model(recipe: Recipe) -> Found:
 
 
 def _data(recipe: Recipe) -> Found:
+    pairs = recipe.kind == "preference"
     for which, spec in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        if spec is None or spec.template is None:
+        if spec is None:
+            continue
+        if pairs != (spec.format == "preference"):
+            kind, own = f"is {spec.format!r}; kind {recipe.kind}", "preference"
+            text = f"{kind} has format {own}" if pairs else f"{kind} has no pairs; they belong to kind {own}"
+            yield ("data", which, "format"), text
+        if spec.template is None:
             continue
         path: KeyPath = ("data", which, "template")
         try:
@@ -346,7 +362,12 @@ def _cluster(recipe: Recipe) -> Found:
                 "must be the NAME of an environment variable ([A-Z_][A-Z0-9_]*), such as HF_TOKEN; "
                 "never write the value: it is read from your environment (text not shown)",
             )
-    groups = {"policy": cluster.policy, "rollout": cluster.rollout, "reward": cluster.reward}
+    groups = {
+        "policy": cluster.policy,
+        "rollout": cluster.rollout,
+        "reward": cluster.reward,
+        "teacher": cluster.teacher,
+    }
     yield from _variables(cluster.variables, ("cluster", "variables"))
     for role, group in groups.items():
         if group is not None:

@@ -132,8 +132,8 @@ class _Extensions:
 
     def check(self) -> list[Problem]:
         recipe = self.recipe
-        if recipe.kind == "sft" and not recipe.algorithm:
-            recipe.algorithm = {"name": "sft"}
+        if recipe.supervised and not recipe.algorithm.get("name"):
+            recipe.algorithm = {"name": "sft" if recipe.kind == "sft" else "dpo", **recipe.algorithm}
         recipe.algorithm = self._section("algorithms", recipe.algorithm, ("algorithm",))
         for index, item in enumerate(recipe.reward):
             common = self._common(item, index)
@@ -223,11 +223,21 @@ def _localise(recipe: Recipe, source: Source) -> None:
         recipe.model.tokenizer = absolute(recipe.model.tokenizer, ("model", "tokenizer"))
     if recipe.model.lora is not None and recipe.model.lora.adapter is not None:
         recipe.model.lora.adapter = absolute(recipe.model.lora.adapter, ("model", "lora", "adapter"))
+    if recipe.policy.reference.path is not None:
+        named: KeyPath = ("policy", "reference", "path")
+        recipe.policy.reference.path = absolute(recipe.policy.reference.path, named)
     for which, spec in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if spec is not None:
             spec.path = absolute(spec.path, ("data", which, "path"))
             if spec.media_path:  # LLaVA writes none as an empty text
                 spec.media_path = absolute(spec.media_path, ("data", which, "media_path"), always=True)
+    if recipe.teacher is not None:
+        recipe.teacher.path = absolute(recipe.teacher.path, ("teacher", "path"))
+    for index, item in enumerate(recipe.reward):
+        if item["name"] == "model":
+            for key in ("path", "tokenizer"):
+                if item[key] is not None:
+                    item[key] = absolute(item[key], ("reward", index, key))
     if recipe.cluster.template is not None:
         recipe.cluster.template = absolute(recipe.cluster.template, ("cluster", "template"))
     site = recipe.cluster.site

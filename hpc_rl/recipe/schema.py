@@ -29,14 +29,7 @@ def _memory(text: str) -> str:
 MemorySize = Annotated[str, AfterValidator(_memory)]
 
 
-def _kind(value: object) -> object:
-    """The design has a third kind, and no algorithm of this version is of it."""
-    if value == "preference":
-        raise ValueError("preference is not in this version; allowed: sft, rl")
-    return value
-
-
-Kind = Annotated[Literal["sft", "rl"], BeforeValidator(_kind)]
+Kind = Literal["sft", "preference", "rl"]
 
 
 class Section(BaseModel):
@@ -110,14 +103,16 @@ class DatasetSpec(Section):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    format: Literal["prompt_answer", "prompt_completion", "chat", "text", "llava", "cosmos_reason1"] = (
-        "prompt_answer"
-    )
+    format: Literal[
+        "prompt_answer", "prompt_completion", "chat", "text", "llava", "cosmos_reason1", "preference"
+    ] = "prompt_answer"
     prompt: str = "prompt"
     answer: str = "answer"
     completion: str = "completion"
     messages: str = "messages"
     text: str = "text"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
     template: str | None = None
     system: str | None = None
     chat: bool | None = None
@@ -205,6 +200,21 @@ class Profile(Section):
     memory: bool = False
 
 
+class Reference(Section):
+    """The frozen model that a KL penalty or a preference loss holds the policy to, made where one is needed.
+
+    `path` null: the model that the run began with. `full` is a second copy, sharded as the policy is (with
+    `cpu_offload` its shards lie on the host); `lora_off` is the policy's own model with its adapters off;
+    auto takes that wherever it is the same. `reset_every` makes it the current policy every so many steps.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    mode: Literal["auto", "full", "lora_off"] = "auto"
+    reset_every: Positive | None = None
+    cpu_offload: bool = False
+
+
 class Policy(Section):
     """`batch_size` counts sequences; `batch_tokens` makes batches of about so many tokens instead, packed
     best-fit decreasing into rows of `micro_batch_tokens` as the rows come."""
@@ -222,6 +232,7 @@ class Policy(Section):
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     ema: Ema | None = None
+    reference: Reference = Reference()
     guard: Guard = Guard()
     profile: Profile | None = None
     trainer_options: dict[str, Any] = {}
@@ -242,13 +253,32 @@ class WeightSync(Section):
     timeout_s: float = Field(default=300.0, gt=0)
 
 
+class Teacher(Section):
+    """The model that on-policy distillation learns from, in the processes of the `teacher` group. Its
+    tokenizer must have the policy's tokens under the same numbers. `batch_tokens` bounds what goes through it
+    at once, padding included; `limit_s` is how long that may take."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    batch_tokens: Positive = 8192
+    limit_s: float = Field(default=120.0, gt=0)
+
+
 class Rollout(Section):
+    """`max_in_flight` is prompt groups per replica (auto: as many as its engine takes without a queue), `order`
+    which finished prompt groups a step takes: those that would first be older than
+    `algorithm.max_staleness` (deadline), or those that come next in the data (strict)."""
+
     engine: str = "vllm"
     replicas: Positive = 1
     parallel: RolloutParallel = RolloutParallel()
     max_tokens: Positive = 1024
     max_model_len: Positive | None = None
-    max_in_flight: Positive = 64  # prompt groups per replica
+    max_in_flight: Positive | Literal["auto"] = "auto"
+    order: Literal["deadline", "strict"] = "deadline"
     stop: list[str] = []
     weights: WeightSync = WeightSync()
     engine_options: dict[str, Any] = {}
@@ -304,9 +334,24 @@ class Checkpoint(Section):
 
 
 class Eval(Section):
+    """`samples` answers per prompt of `data.eval`, at `temperature` (0: greedy). An answer counts as a
+    success in `eval/pass@k` if the first reward gives it at least `threshold`. `best` is the metric that the
+    best checkpoint is chosen by (null: `eval/accuracy`, sft: `eval/loss`); `best_mode`: whether more or less
+    of it is better (null: less of a loss or a length, more of anything else). With `only` the run evaluates
+    once and trains nothing, and RL needs no policy group; `checkpoint` is a folder of a run's `checkpoints/`
+    whose weights it takes instead of the model's (`hpc-rl eval` writes both)."""
+
     every: NonNegative = 25  # 0: only at the ends
     before: bool = True
     max_tokens: Positive | None = None
+    samples: Annotated[int, Field(ge=1, le=4096)] = 1
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    threshold: float = 1.0
+    best: str | None = None
+    best_mode: Literal["max", "min"] | None = None
+    only: bool = False
+    checkpoint: str | None = None
 
 
 class Wandb(Section):
@@ -329,20 +374,9 @@ class ControllerOptions(Section):
 
 
 class GroupOptions(Section):
-    """`samples` answers per prompt of `data.eval`, at `temperature` (0: greedy). An answer counts as a
-    success in `eval/pass@k` if the first reward gives it at least `threshold`. `best` is the metric that the
-    best checkpoint is chosen by (null: `eval/accuracy`, sft: `eval/loss`); `best_mode`: whether more or less
-    of it is better (null: less of a loss or a length, more of anything else)."""
-
     """Slurm options of one component. Null means: the site's value for this role."""
 
     nodes: Positive = 1
-    samples: Annotated[int, Field(ge=1, le=4096)] = 1
-    temperature: float = Field(default=0.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    threshold: float = 1.0
-    best: str | None = None
-    best_mode: Literal["max", "min"] | None = None
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -355,6 +389,14 @@ class GroupOptions(Section):
     sbatch: list[str] = []
 
 
+class ScoringOptions(GroupOptions):
+    """Of the groups `reward` and `teacher`: `replicas` processes, each with all models that its group serves
+    on `gpus_per_replica` GPUs (with more than one, the layers of a model are spread over them)."""
+
+    replicas: Positive = 1
+    gpus_per_replica: Positive = 1
+
+
 class Cluster(Section):
     site: str = "auto"
     placement: Literal["het", "shared", "split", "local"] | None = None  # null: the site's default
@@ -364,7 +406,8 @@ class Cluster(Section):
     controller: ControllerOptions = ControllerOptions()
     policy: GroupOptions = GroupOptions()
     rollout: GroupOptions = GroupOptions()
-    reward: GroupOptions | None = None
+    reward: ScoringOptions | None = None  # null: the defaults, where a reward is served by a group
+    teacher: ScoringOptions | None = None
     template: str | None = None
     signal_seconds: Positive = 300
     shared_run: bool = False
@@ -384,9 +427,20 @@ class Recipe(Section):
     algorithm: dict[str, Any] = {}
     reward: list[dict[str, Any]] = []
     simulator: dict[str, Any] | None = None
+    teacher: Teacher | None = None
     policy: Policy = Policy()
     rollout: Rollout | None = None
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     logging: Logging = Logging()
     cluster: Cluster = Cluster()
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the policy trains on rows of data alone (sft, preference): a job of one component."""
+        return self.kind != "rl"
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether policy processes run: where there is a loss to compute."""
+        return self.supervised or not self.eval.only

@@ -61,7 +61,7 @@ def test_defaults_correct_what_is_off_policy_and_name_what_there_is(name: str) -
         ("dapo", {"loss_length": 100}, "loss_length belongs to loss_aggregation: constant_length"),
         ("rloo", {"group_size": 1}, "group_size: is 1; must be at least 2: an answer's advantage is against"),
         ("reinforce_pp", {"drop_zero_variance": True}, "drop_zero_variance needs group_size of 2 or more"),
-        ("maxrl", {"kl_beta": 0.1}, "kl_beta: is 0.1; must be 0: the penalty needs the log-probs"),
+        ("maxrl", {"kl_beta": 0.1, "kl_estimator": "k1"}, "\"k1\"; must not be k1 in the loss"),
         ("dapo", {"top_p": 0.9}, "must be 1.0: engines renormalise"),
     ],
 )  # fmt: skip

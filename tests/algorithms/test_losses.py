@@ -162,8 +162,6 @@ def test_sft_is_the_mean_cross_entropy_of_the_kept_tokens() -> None:
 def test_options_that_do_nothing_are_refused() -> None:
     with pytest.raises(ValidationError, match="proximal: recompute"):
         GrpoConfig(correction=Correction(kind="none"))
-    with pytest.raises(ValueError, match="kl_beta"):
-        Grpo(GrpoConfig(kl_beta=0.1))
 
 
 def test_tokens_at_the_floor_of_dual_clip_are_counted_as_clipped() -> None:

@@ -14,6 +14,7 @@ import re
 import textwrap
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,23 @@ def _of_experts(layer: LoraLayer) -> bool:
 def has_experts(module: nn.Module) -> bool:
     """Whether experts in one tensor have adapters."""
     return any(_of_experts(layer) for _, layer in _layers(module))
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` computes without its adapters (modules saved whole stay as they are trained).
+
+    By their scale, not by PEFT's `enable_adapters`: that also changes what has gradients, under FSDP's feet.
+    """
+    layers = [layer for _, layer in _layers(module)]
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
