@@ -56,7 +56,7 @@ NO_TORCH = [
     "roles",
     "controller",
 ]
-NO_TORCH += ["cli", "telemetry"]
+NO_TORCH += ["cli", "telemetry", "simulators"]
 # Single modules of torch rooms that the controller and the command line use.
 NO_TORCH_MODULES = [
     "hpc_rl.data.rows",

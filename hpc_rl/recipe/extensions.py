@@ -91,7 +91,20 @@ _BUILT_IN: dict[str, dict[str, Member]] = {
     "trainers": {"fsdp2": Member("hpc_rl.policy.fsdp2:Fsdp2Trainer")},
     "models": {},
     "data": {},
-    "simulators": {},
+    "simulators": {
+        "tools": Member("hpc_rl.simulators.tools.environment:Tools", "hpc_rl.simulators.config:ToolsConfig"),
+    },
+    "tools": {
+        "calculator": Member(
+            "hpc_rl.simulators.tools.calculator:Calculator", "hpc_rl.simulators.config:CalculatorConfig"
+        ),
+        "python": Member(
+            "hpc_rl.simulators.tools.python:Python", "hpc_rl.simulators.config:PythonToolConfig"
+        ),
+        "function": Member(
+            "hpc_rl.simulators.tools.function:Function", "hpc_rl.simulators.config:FunctionConfig"
+        ),
+    },
 }
 
 

@@ -1,0 +1,1 @@
+"""Environments behind one vectorised protocol: tools for language models, robots. No torch."""

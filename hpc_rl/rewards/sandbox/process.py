@@ -110,22 +110,34 @@ def why_not(limits: Limits) -> str | None:
 
 def run_program(source: str, stdin: str, limits: Limits) -> str | None:
     """What `source` prints when it is run on `stdin`; None if it fails, or goes beyond a limit."""
+    output, end = _run(source, stdin, limits, subprocess.DEVNULL)
+    return output.decode(errors="replace") if end == "ok" else None
+
+
+def run_script(source: str, limits: Limits) -> tuple[str, str]:
+    """What `source` prints, its errors included, and how it ended: `ok`, `failed`, or at a limit (`time`,
+    `output`)."""
+    output, end = _run(source, "", limits, subprocess.STDOUT)
+    return output[: limits.output_bytes].decode(errors="replace"), end
+
+
+def _run(source: str, stdin: str, limits: Limits, stderr: int) -> tuple[bytes, str]:
     deadline = time.monotonic() + limits.seconds
+    output = bytearray()
     with tempfile.TemporaryFile() as file:
         file.write(stdin.encode())
         file.seek(0)
-        with _started(source, "program", limits, file) as process:
+        with _started(source, "program", limits, file, stderr) as process:
             assert process.stdout is not None
-            output = bytearray()
             try:
                 while chunk := _read(process.stdout.fileno(), deadline):
                     output += chunk
                     if len(output) > limits.output_bytes:
-                        return None
+                        return bytes(output), "output"
                 code = process.wait(max(0.0, deadline - time.monotonic()))
             except (Ended, subprocess.TimeoutExpired):
-                return None
-    return output.decode(errors="replace") if code == 0 else None
+                return bytes(output), "time"
+    return bytes(output), "ok" if code == 0 else "failed"
 
 
 def _read(pipe: int, deadline: float) -> bytes:
