@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.protocol import WeightTransferError
 from hpc_rl.weights.sender import BroadcastSender
 from hpc_rl.weights.store import RedisStore
@@ -26,6 +27,7 @@ class GlooChannel:
 
     def __init__(self, bus_file: Path | str, prefix: str, rank: int, size: int, timeout_s: float) -> None:
         self._prefix = prefix
+        self.buffers = BufferPool(self.device)
         # The group's C++ side calls the store again: both references live as long as the channel.
         self.store = RedisStore.from_bus_file(bus_file, prefix, timeout_s)
         self._group: dist.ProcessGroupGloo | None

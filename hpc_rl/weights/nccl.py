@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.protocol import WeightTransferError
 from hpc_rl.weights.sender import BroadcastSender
 from hpc_rl.weights.store import RedisStore
@@ -35,6 +36,7 @@ class NcclChannel:
         self._prefix = prefix
         self.store = store
         self.device = torch.device(communicator.device)
+        self.buffers = BufferPool(self.device)
 
     def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> None:
         communicator = self._open()

@@ -17,6 +17,8 @@ knows the names that the checkpoint it started from holds. Any difference is a `
 from __future__ import annotations
 
 import hashlib
+import queue
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from typing import Protocol
 import msgspec
 import torch
 
+from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.checksum import tensor_checksum
 
 BUCKET, END, ABORT = 1, 2, 3
@@ -84,9 +87,11 @@ def drain(source: WeightSource, max_bytes: int) -> None:
 
 
 class Channel(Protocol):
-    """A process group of one sender (root) and the workers of one replica."""
+    """A process group of one sender (root) and the workers of one replica. `buffers` are for what arrives;
+    they stay from push to push."""
 
     device: torch.device
+    buffers: BufferPool
 
     def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> None:
         """Root's `tensor` to all. Raises WeightTransferError when the deadline passes."""
@@ -132,9 +137,9 @@ def names_digest(names: Iterable[str]) -> str:
 
 
 def pack_bucket(
-    version: int, index: int, bucket: Sequence[tuple[str, torch.Tensor]], device: torch.device
+    version: int, index: int, bucket: Sequence[tuple[str, torch.Tensor]], buffers: BufferPool
 ) -> Frame:
-    """Copy a bucket into one uint8 payload on `device` and describe it."""
+    """Copy a bucket into one uint8 payload out of `buffers` and describe it."""
     metas: list[TensorMeta] = []
     offset = 0
     for name, tensor in bucket:
@@ -142,7 +147,7 @@ def pack_bucket(
         dtype = str(tensor.dtype).removeprefix("torch.")
         metas.append(TensorMeta(name, dtype, tuple(tensor.shape), offset, nbytes, tensor_checksum(tensor)))
         offset += (nbytes + ALIGN - 1) // ALIGN * ALIGN
-    payload = torch.zeros(offset, dtype=torch.uint8, device=device)
+    payload = buffers.take(offset)
     for meta, (_, tensor) in zip(metas, bucket, strict=True):
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         payload[meta.offset : meta.offset + meta.nbytes].copy_(flat)
@@ -181,10 +186,56 @@ def receive_frame(channel: Channel, deadline: float) -> Frame:
     meta = torch.empty(meta_bytes, dtype=torch.uint8, device=channel.device)
     if meta_bytes:
         channel.broadcast(meta, _left(deadline))
-    payload = torch.empty(payload_bytes, dtype=torch.uint8, device=channel.device)
+    payload = channel.buffers.take(payload_bytes)
     if payload_bytes:
         channel.broadcast(payload, _left(deadline))
     return Frame(kind, meta.cpu().numpy().tobytes(), payload)
+
+
+def frames(channel: Channel, deadline: float) -> Iterator[Frame]:
+    """The frames of a push up to END or ABORT. On CPUs the next ones arrive while one is used: at most
+    three buckets are in memory. Raises WeightTransferError."""
+    if channel.device.type != "cpu":
+        yield from _in_order(channel, deadline)
+        return
+    arrived: queue.Queue[Frame | BaseException] = queue.Queue(maxsize=1)
+    left = threading.Event()
+
+    def receive() -> None:
+        try:
+            for frame in _in_order(channel, deadline):
+                arrived.put(frame)
+                del frame
+                if left.is_set():
+                    return
+        except (RuntimeError, OSError) as error:  # what gloo and the rendezvous raise, and our own
+            arrived.put(error)
+
+    thread = threading.Thread(target=receive, name="receive-weights", daemon=True)
+    thread.start()
+    try:
+        last = False
+        while not last:
+            frame = arrived.get()
+            if isinstance(frame, BaseException):
+                raise frame
+            last = frame.kind != BUCKET
+            yield frame
+            del frame
+        thread.join()
+    finally:
+        left.set()
+        while not arrived.empty():  # whoever waits with a frame may go
+            arrived.get_nowait()
+
+
+def _in_order(channel: Channel, deadline: float) -> Iterator[Frame]:
+    kind = BUCKET
+    while kind == BUCKET:
+        frame = receive_frame(channel, deadline)
+        kind = frame.kind
+        yield frame
+        del frame
 
 
 def agree(channel: Channel, ok: bool, deadline: float) -> int:
@@ -245,8 +296,7 @@ class Receiver:
         """
         names: list[str] = []
         self.tensors = self.nbytes = 0
-        while True:
-            frame = receive_frame(self.channel, deadline)
+        for frame in frames(self.channel, deadline):
             if frame.kind == ABORT:
                 raise WeightTransferError(f"the policy gave up the push of version {version}")
             if frame.kind == END:
@@ -262,7 +312,9 @@ class Receiver:
             bucket = unpack_bucket(meta, frame.payload)
             names.extend(name for name, _ in bucket)
             self.nbytes += frame.payload.numel()
+            del frame  # with its bucket goes the memory, which the next one needs
             yield bucket
+            del bucket
 
     def finish(self, ok: bool, deadline: float) -> None:
         """Tell the others how loading went. Raises WeightTransferError if any worker failed."""

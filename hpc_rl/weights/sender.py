@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import torch
 
+from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.protocol import (
     ABORT,
     END,
@@ -132,7 +133,7 @@ class BroadcastSender:
     ) -> None:
         self._open = open_channel
         self._attempt = attempt
-        self._device = device
+        self._buffers = BufferPool(device)
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._connect_s = connect_s
@@ -178,7 +179,7 @@ class BroadcastSender:
             names.extend(name for name, _ in bucket)
             # When nobody is left the source is still exhausted: gathering is a collective of all ranks.
             if any(lane.error is None for lane in lanes):
-                frame = pack_bucket(version, index, bucket, self._device)
+                frame = pack_bucket(version, index, bucket, self._buffers)
                 result.nbytes += frame.payload.numel()
                 self._offer_all(lanes, frame, deadline)
         return names

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.checksum import CHUNK_WORDS, tensor_checksum
 from hpc_rl.weights.gloo import GlooTransport
 from hpc_rl.weights.protocol import (
@@ -112,7 +113,7 @@ def test_checksum_of_views_chunks_and_nothing() -> None:
 
 
 def test_a_damaged_byte_names_its_tensor() -> None:
-    frame = pack_bucket(3, 0, source().content[0], CPU)
+    frame = pack_bucket(3, 0, source().content[0], BufferPool(CPU))
     meta = msgspec.msgpack.decode(frame.meta, type=BucketMeta)
     unpack_bucket(meta, frame.payload)
     frame.payload[meta.tensors[1].offset] ^= 1
