@@ -20,7 +20,7 @@ PACKAGE = ROOT / "hpc_rl"
 
 ORDER: list[set[str]] = [
     {"cli"},
-    {"supervisor", "controller", "policy", "rollout"},
+    {"supervisor", "controller", "policy", "rollout", "scoring"},
     {"roles"},
     {"weights", "checkpoint"},
     {"rewards", "simulators", "data", "models"},
@@ -42,7 +42,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "rewards": {"data"},
     "simulators": {"rewards"},
 }
-SEPARATE = {"supervisor", "controller", "policy", "rollout"}
+SEPARATE = {"supervisor", "controller", "policy", "rollout", "scoring"}
 
 NO_TORCH = [
     "types",

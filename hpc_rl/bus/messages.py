@@ -4,10 +4,13 @@ Each message is a tagged `msgspec.Struct`; a stream carries msgpack of the union
 are named by `inbox(role, index)`: every process reads its own inbox only, in order, and everyone
 writes to `inbox("controller")`. Policy rank r reads `inbox("policy", r)`; since the controller is the
 only writer and writes the same sequence of commands to each rank, all ranks run the same commands
-in the same order.
+in the same order. What the groups `reward` and `teacher` answer a replica is on a stream of its own
+(`answers`): the replica reads its inbox no further while it has all the prompts that it may have.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import msgspec
 
@@ -17,6 +20,11 @@ from hpc_rl.types import Prompt, PromptGroup, Sampling, TrainSample
 def inbox(role: str, index: int = 0) -> str:
     """The stream that process `index` of `role` reads."""
     return f"inbox:{role}:{index}"
+
+
+def answers(replica: int, incarnation: int) -> str:
+    """The stream on which a rollout replica is told who serves, and gets what it asked them for."""
+    return f"answers:{replica}:{incarnation}"
 
 
 class _Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -58,7 +66,7 @@ class RoleStopped(_Message):
 
 # --- supervisor <-> controller ---------------------------------------------------------------------
 class StartRole(_Message):
-    """Start the step of `role`; `index` names the replica for rollout, and is 0 for the others."""
+    """Start the step of `role`; `index` names the replica, and is 0 for the policy."""
 
     role: str
     index: int
@@ -288,6 +296,69 @@ Message = (
     | TrainStep
     | PushWeights
     | SaveCheckpoint
+# --- the groups that serve models: reward and teacher ----------------------------------------------
+class ScoringReady(_Message):
+    """reward or teacher -> controller: the models are loaded, requests are answered."""
+
+    role: str
+    index: int
+    incarnation: int
+    info: dict[str, str] = {}
+
+
+class ScoringMembers(_Message):
+    """controller -> a replica's `answers`: which processes of `role` serve now, as (index, incarnation).
+    What was asked of any other is lost."""
+
+    role: str
+    live: list[tuple[int, int]] = []
+
+
+class ScoreAnswer(_Message):
+    """rollout -> reward: an answer for every reward that the group serves. `conversation` are the messages of
+    the prompt, which `prompt` has the text of (that of the last user message); `reply_to` is a stream."""
+
+    number: int
+    reply_to: str
+    conversation: list[dict[str, Any]]
+    prompt: str
+    response: str
+    answer: str | None = None
+    fields: dict[str, Any] = {}
+
+
+class ScoreTokens(_Message):
+    """rollout -> teacher: the log-probs of `token_ids` after `prompt_ids` at `temperature`."""
+
+    number: int
+    reply_to: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    temperature: float = 1.0
+
+
+class ScoringBegan(_Message):
+    """reward or teacher -> rollout: these requests are being computed from now on."""
+
+    numbers: list[int]
+
+
+class AnswerScored(_Message):
+    """The answer to `ScoreAnswer`, by reward key; `errors` of those that have no score for it."""
+
+    number: int
+    scores: dict[str, float] = {}
+    errors: dict[str, str] = {}
+
+
+class TokensScored(_Message):
+    """The answer to `ScoreTokens`: as many log-probs as tokens, or why there are none."""
+
+    number: int
+    log_probs: list[float] = []
+    error: str = ""
+
+
     | ExportModel
     | EvalLoss
     | Stop
@@ -306,3 +377,10 @@ Message = (
     | WeightsApplied
     | WeightsFailed
 )
+    | ScoringReady
+    | ScoringMembers
+    | ScoreAnswer
+    | ScoreTokens
+    | ScoringBegan
+    | AnswerScored
+    | TokensScored

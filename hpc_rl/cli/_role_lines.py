@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpc_rl.run.events import REPLICA_ROLES
 from hpc_rl.run.paths import RunDir
 
 # The end of a lost replica's process, which says why it was lost, is recorded this soon before or after.
 _SAME_LOSS_S = 10.0
-_ORDER = {"controller": 0, "policy": 1, "rollout": 2}
+_ORDER = {"controller": 0, "policy": 1, "rollout": 2, "reward": 3, "teacher": 4}
 _TIMES = {1: "once", 2: "twice"}
 
 
@@ -45,8 +46,8 @@ class _Lines:
 
     def __init__(self) -> None:
         self.lines: dict[tuple[str, int], RoleLine] = {}
-        self._failures: dict[int, tuple[float, str]] = {}  # of replicas: the latest
-        self._losses: dict[int, float] = {}
+        self._failures: dict[tuple[str, int], tuple[float, str]] = {}  # of replicas: the latest
+        self._losses: dict[tuple[str, int], float] = {}
 
     def enter(self, role: str, index: int, state: str, when: float | None, detail: str = "") -> RoleLine:
         line = self.lines.setdefault((role, index), RoleLine(role, index, state))
@@ -58,7 +59,7 @@ class _Lines:
         cause = str(event.get("cause", ""))
         match event.get("kind"):
             case "replica_lost":
-                self._lose(index, when, cause)
+                self._lose(role or "rollout", index, when, cause)
             case "step_launched" if role:
                 line = self.enter(role, index, "running", when)
                 line.incarnation = int(event.get("incarnation", 1))
@@ -71,21 +72,21 @@ class _Lines:
             case "failure" if role:
                 self._fail(role, index, when, cause)
 
-    def _lose(self, index: int, when: float, cause: str) -> None:
-        failed_at, failure = self._failures.pop(index, (0.0, ""))
+    def _lose(self, role: str, index: int, when: float, cause: str) -> None:
+        failed_at, failure = self._failures.pop((role, index), (0.0, ""))
         if when - failed_at < _SAME_LOSS_S:
             cause = failure
-        self._losses[index] = when
-        self.enter("rollout", index, "lost", when, cause).lost.append(cause)
+        self._losses[role, index] = when
+        self.enter(role, index, "lost", when, cause).lost.append(cause)
 
     def _fail(self, role: str, index: int, when: float, cause: str) -> None:
-        if role == "rollout" and when - self._losses.pop(index, 0.0) < _SAME_LOSS_S:
+        if role in REPLICA_ROLES and when - self._losses.pop((role, index), 0.0) < _SAME_LOSS_S:
             line = self.lines[role, index]  # it was lost by a symptom, and this is why
             line.lost[-1] = cause
             line.detail = cause if line.state == "lost" else line.detail
             return
-        if role == "rollout":
-            self._failures[index] = (when, cause)
+        if role in REPLICA_ROLES:
+            self._failures[role, index] = (when, cause)
         self.enter(role, index, "failed", when, cause)
 
     def beat(self, role: str, index: int, beat: Mapping[str, Any]) -> None:

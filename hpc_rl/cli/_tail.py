@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-ROLES = ("controller", "policy", "rollout", "redis", "batch")
+ROLES = ("controller", "policy", "rollout", "reward", "teacher", "redis", "batch")
 
 
 def log_files(folder: Path, role: str | None) -> list[Path]:

@@ -20,7 +20,7 @@ def logs(
     run: str = typer.Argument(..., help="Run directory, recipe name (its latest run) or Slurm job id."),
     follow: bool = typer.Option(False, "-f", "--follow", help="Go on with new lines until the run ends."),
     role: str | None = typer.Option(
-        None, "--role", help="controller, policy, rollout, batch, …, or one process: policy_0."
+        None, "--role", help="controller, policy, rollout, reward, batch, …, or one process: policy_0."
     ),
     attempt: int | None = typer.Option(None, "--attempt", min=1, help="An earlier attempt; default: latest."),
     lines: int = typer.Option(20, "-n", "--lines", min=0, help="Lines shown of each file's end."),

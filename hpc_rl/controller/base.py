@@ -21,6 +21,7 @@ from hpc_rl.controller.members import AttemptFailed, Members, Replica
 from hpc_rl.controller.recorder import Recorder
 from hpc_rl.controller.saves import LastSaveFailed, Saves
 from hpc_rl.controller.uploads import Uploads
+from hpc_rl.plan.groups import SCORING_ROLES
 from hpc_rl.roles import RoleProcess
 from hpc_rl.run.events import EventLog
 
@@ -45,6 +46,7 @@ class Controller(ABC):
             replicas=self.replicas,
             send=lambda message: role.bus.send(m.inbox("supervisor"), message),
             on_lost=self.replica_lost,
+            scoring={group.role: group.tasks for group in self.plan.groups if group.role in SCORING_ROLES},
         )
         self.uploads = Uploads(self.run_dir, self.recipe.checkpoint, role.attempt, self.events.append)
         self.saves = Saves(
@@ -246,8 +248,8 @@ class Controller(ABC):
         self.members.stopping = True
         self.stop_sent = time.monotonic()
         self.to_policy(m.Stop(self.ending[1]))
-        for index in self.members.replicas:
-            self.role.bus.send(m.inbox("rollout", index), m.Stop(self.ending[1]))
+        for replica in self.members.everyone():
+            self.role.bus.send(m.inbox(replica.role, replica.index), m.Stop(self.ending[1]))
         if self.ending[0] == 0 and self.uploads.enabled:
             self.uploads.finish()
             self.role.phase("upload")
@@ -256,8 +258,8 @@ class Controller(ABC):
             self.recorder.flush()
 
     def still_here(self) -> list[tuple[str, int]]:
-        running = [r.index for r in self.members.replicas.values() if r.state != "lost"]
-        expected = [("policy", 0), *(("rollout", index) for index in running)]
+        running = [(r.role, r.index) for r in self.members.everyone() if r.state != "lost"]
+        expected = [("policy", 0), *running]
         return [who for who in expected if who not in self.gone]
 
     def all_gone(self) -> bool:

@@ -1,4 +1,4 @@
-"""Who runs: the policy's ranks and the rollout replicas, their liveness, and their restarts.
+"""Who runs: policy ranks, rollout replicas and those that serve models; their liveness and their restarts.
 
 The controller says what should run (`StartRole`), the supervisor starts it (`StepStarted`, `StepExited`),
 the processes say how they are (`Register`, `ReplicaReady`, heartbeats). A replica that is lost is
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ LOG = logging.getLogger("hpc_rl.controller")
 HEARTBEAT_LIMIT_S = 40.0
 START_LIMIT_S = 900.0
 REPLICA_RESTARTS = 2
+RECOVERED_S = 600.0  # what served so long has its restarts back
 LOST_GRACE_S = 2.0
 
 
@@ -31,7 +32,8 @@ class AttemptFailed(RuntimeError):
 
 @dataclass
 class Replica:
-    """One rollout engine as the controller sees it. `version` is the last acknowledged one."""
+    """One process as the controller sees it: a rollout engine, of which `version` is the last one that it
+    acknowledged, or a process of a group that serves models (`role`), which has no versions."""
 
     index: int
     incarnation: int = 1
@@ -42,10 +44,16 @@ class Replica:
     restarts: int = 0
     causes: list[str] = field(default_factory=list)
     lost_at: dict[int, float] = field(default_factory=dict)  # by incarnation, seconds since the epoch
+    role: str = "rollout"
 
     @property
     def name(self) -> str:
-        return f"rollout {self.index}"
+        return f"{self.role} {self.index}"
+
+    @property
+    def lasted(self) -> float:
+        """Seconds in its present state."""
+        return time.monotonic() - self.since
 
     def enter(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
@@ -54,8 +62,9 @@ class Replica:
 class Members:
     """All processes of the attempt.
 
-    `send` writes to the supervisor; `on_lost(replica)` is called once per loss, before a restart is
-    decided, so that its prompts are handed out again.
+    `scoring` says how many processes each of the groups that serve models has. `send` writes to the
+    supervisor; `on_lost(replica)` is called once per loss, before a restart is decided, so that its prompts
+    are handed out again.
     """
 
     def __init__(
@@ -65,9 +74,15 @@ class Members:
         replicas: int,
         send: Callable[[Message], None],
         on_lost: Callable[[Replica], None],
+        scoring: Mapping[str, int] | None = None,
     ) -> None:
         self.world_size = world_size
         self.replicas = {index: Replica(index) for index in range(replicas)}
+        self.scoring = {
+            (role, index): Replica(index, role=role)
+            for role, count in (scoring or {}).items()
+            for index in range(count)
+        }
         self.policy_ranks: set[int] = set()
         self.policy_started = time.monotonic()
         self.stopping = False
@@ -75,9 +90,14 @@ class Members:
         self._failures: dict[tuple[str, int, int], RoleFailed] = {}
 
     def start_all(self) -> None:
-        self._send(StartRole("policy", 0, 1))
-        for replica in self.replicas.values():
-            self._send(StartRole("rollout", replica.index, replica.incarnation))
+        if self.world_size:
+            self._send(StartRole("policy", 0, 1))
+        for replica in self.everyone():  # those that serve models last: the first prompts take a while
+            self._send(StartRole(replica.role, replica.index, replica.incarnation))
+
+    def everyone(self) -> list[Replica]:
+        """The rollout replicas, then the processes of the groups that serve models."""
+        return [*self.replicas.values(), *self.scoring.values()]
 
     # --- what the processes and the supervisor say ------------------------------------------------
     def registered(self, message: Register) -> None:
@@ -94,8 +114,8 @@ class Members:
             return
         if message.role == "policy":
             raise AttemptFailed(f"the policy step ended with code {message.code}{self._policy_cause()}")
-        replica = self.replicas.get(message.index)
-        if message.role != "rollout" or replica is None:
+        replica = self._of(message.role, message.index)
+        if replica is None:
             return
         if message.incarnation in replica.lost_at:
             self._explain(replica, message)
@@ -129,25 +149,32 @@ class Members:
         """Report a lost replica, hand its prompts back, start it again or go on without it."""
         if replica.state in ("lost", "stopped"):
             return
+        if replica.role != "rollout" and replica.state == "live" and replica.lasted > RECOVERED_S:
+            replica.restarts = 0  # one sample may end it each time; a run has very many
         replica.enter("lost")
         replica.causes.append(cause)
         replica.lost_at[replica.incarnation] = time.time()
         replica.version, replica.receiving = None, False
         LOG.error("lost %s: %s", replica.name, cause)
         self._on_lost(replica)
-        self._send(StopRole("rollout", replica.index, LOST_GRACE_S, f"lost: {cause}", lost=True))
+        self._send(StopRole(replica.role, replica.index, LOST_GRACE_S, f"lost: {cause}", lost=True))
         if replica.restarts < REPLICA_RESTARTS:
             replica.restarts += 1
             replica.incarnation += 1
             replica.enter("starting")
             LOG.warning("starting %s again (%d of %d)", replica.name, replica.restarts, REPLICA_RESTARTS)
-            self._send(StartRole("rollout", replica.index, replica.incarnation))
-        elif not any(r.state != "lost" for r in self.replicas.values()):
-            raise AttemptFailed(f"all rollout replicas are lost; the last one, {replica.name}: {cause}")
+            self._send(StartRole(replica.role, replica.index, replica.incarnation))
+        elif not any(r.state != "lost" for r in self.everyone() if r.role == replica.role):
+            raise AttemptFailed(
+                f"all {replica.role} replicas are lost; the last one, {replica.name}: {cause}"
+            )
 
-    def find(self, index: int, incarnation: int) -> Replica | None:
+    def _of(self, role: str, index: int) -> Replica | None:
+        return self.replicas.get(index) if role == "rollout" else self.scoring.get((role, index))
+
+    def find(self, index: int, incarnation: int, role: str = "rollout") -> Replica | None:
         """The live replica a message speaks of; None for one of an earlier incarnation."""
-        replica = self.replicas.get(index)
+        replica = self._of(role, index)
         if replica is None or replica.incarnation != incarnation or replica.state in ("lost", "stopped"):
             return None
         return replica
@@ -158,10 +185,10 @@ class Members:
         if self.stopping:
             return
         now = time.monotonic()
-        for replica in list(self.replicas.values()):
+        for replica in self.everyone():
             if replica.state in ("lost", "stopped"):
                 continue
-            beat = heartbeats.get(("rollout", replica.index))
+            beat = heartbeats.get((replica.role, replica.index))
             fault = overdue(beat) if beat and int(beat["incarnation"]) == replica.incarnation else None
             if fault is not None:
                 self.lose(replica, fault)

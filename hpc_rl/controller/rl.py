@@ -22,6 +22,7 @@ from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
 from hpc_rl.controller.prompts import PromptSource, prompt_seed
 from hpc_rl.controller.pushes import Pushes
+from hpc_rl.controller.scoring import ScoringGroups
 from hpc_rl.controller.signal_watch import SignalWatch
 from hpc_rl.controller.state import read_state, write_state
 from hpc_rl.controller.window import PromptWindow
@@ -53,6 +54,7 @@ class RlController(Controller):
             to_replica=lambda index, message: role.bus.send(m.inbox("rollout", index), message),
             timeout_s=self.rollout.weights.timeout_s,
         )
+        self.scoring = ScoringGroups(self.members, role.bus.send)
         self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
         self.prepared: PreparedStep | None = None
         self.signal = SignalWatch()
@@ -113,6 +115,9 @@ class RlController(Controller):
                 if replica is not None:
                     LOG.info("%s ready: %s", replica.name, message.info)
                     replica.enter("loaded")
+                    self.scoring.introduce(replica)
+            case m.ScoringReady():
+                self.scoring.ready(message)
             case m.GroupDone():
                 self.group_done(message)
             case m.GroupFailed():
@@ -153,7 +158,10 @@ class RlController(Controller):
                 self.saves.evaluated(step, self.best_metric, metrics.get(self.best_metric))
 
     def replica_lost(self, replica: Replica) -> None:
-        self.events.append("replica_lost", index=replica.index, cause=replica.causes[-1])
+        self.events.append("replica_lost", role=replica.role, index=replica.index, cause=replica.causes[-1])
+        if replica.role != "rollout":
+            self.scoring.changed(replica.role)
+            return
         if not self.started:
             return
         self.pushes.settle()

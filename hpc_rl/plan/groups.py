@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from hpc_rl.plan.schema import Group, Role
-from hpc_rl.plan.site import Site
+from hpc_rl.plan.site import RoleName, Site
+from hpc_rl.recipe.extensions import is_served
 from hpc_rl.recipe.load import LoadedRecipe
-from hpc_rl.recipe.schema import GroupOptions
+from hpc_rl.recipe.schema import GroupOptions, Recipe, ScoringOptions
 from hpc_rl.recipe.yaml_source import Problem
 
 Placement = Literal["het", "shared", "split", "local"]
+ScoringRole = Literal["reward", "teacher"]
+T = TypeVar("T")
+SCORING_ROLES: tuple[ScoringRole, ...] = ("reward", "teacher")
 
 CONTROLLER_MEM = "8G"  # a separate controller; het components would inherit the policy's otherwise
 
@@ -30,6 +35,14 @@ def cpus_here() -> int:
 def gpus_here() -> int:
     """NVIDIA GPUs of this machine, by their device files (no driver library is loaded)."""
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+def scoring_roles(recipe: Recipe) -> list[ScoringRole]:
+    """The groups that serve models to the rollouts: `reward` where a reward is a model, `teacher`."""
+    if recipe.kind != "rl":
+        return []
+    wanted = {"reward": any(is_served(item) for item in recipe.reward), "teacher": recipe.teacher is not None}
+    return [role for role in SCORING_ROLES if wanted[role]]
 
 
 @dataclass
@@ -61,6 +74,7 @@ class Sizer:
             groups.append(self._rollout())
         if self.placement == "het":
             for index, group in enumerate(groups):
+        groups += [self._scoring(role) for role in scoring_roles(self.recipe)]
                 group.component = index
         elif self.placement == "shared":
             self._share(groups)
@@ -71,7 +85,7 @@ class Sizer:
 
     def _partition(self, role: Role, options: GroupOptions) -> str | None:
         """The recipe's or the site's; an allocation that exists lies where it lies."""
-        return None if self.here else options.partition or self.site.partitions.get(role)
+        return None if self.here else options.partition or _of_role(self.site.partitions, role)
 
     def _bad(self, message: str, *path: str | int) -> None:
         self.problems.append(self.loaded.problem(message, *path))
@@ -154,6 +168,34 @@ class Sizer:
 
     def _nodes(self, options: GroupOptions) -> int:
         return 1 if self.placement == "local" else options.nodes
+    def _scoring(self, role: ScoringRole) -> Group:
+        """A replica of a group that serves models is one process with `gpus_per_replica` GPUs of a node."""
+        options = getattr(self.recipe.cluster, role) or ScoringOptions()
+        nodes, capacity = self._nodes(options), self._gpu_capacity(role, options)
+        replicas, width = options.replicas, options.gpus_per_replica
+        per_node = -(-replicas // nodes)
+        shape = f"{width} GPUs per replica"
+        if replicas < nodes:
+            self._bad(
+                f"{replicas} replicas leave some of the {nodes} nodes of cluster.{role}.nodes idle; "
+                f"use at most {replicas} nodes",
+                "cluster", role, "replicas",
+            )  # fmt: skip
+        if capacity and width > capacity:
+            self._bad(
+                f"{shape}, but a node has {capacity}; a replica must fit on one node",
+                "cluster", role, "gpus_per_replica",
+            )  # fmt: skip
+        elif capacity and per_node > capacity // width:
+            room = capacity // width
+            self._bad(
+                f"{replicas} replicas ({shape}) do not fit on cluster.{role}.nodes {nodes} with {capacity} "
+                f"GPUs each ({nodes * room} fit); "
+                f"use {-(-replicas // room)} nodes or {nodes * room} replicas",
+                "cluster", role, "replicas",
+            )  # fmt: skip
+        return self._group(role, options, nodes, replicas, per_node, width if capacity else 0)
+
 
     def _group(
         self,
@@ -181,9 +223,9 @@ class Sizer:
             account=options.account or site.account,
             qos=options.qos or site.qos,
             constraint=options.constraint or site.constraint,
-            image=options.image or site.container.images.get(role),
+            image=options.image or _of_role(site.container.images, role),
             variables={**site.variables, **cluster.variables, **options.variables},
-            sbatch=[*site.sbatch.get(role, []), *options.sbatch],
+            sbatch=[*(_of_role(site.sbatch, role) or []), *options.sbatch],
         )
 
     def _controller(self) -> Group:
@@ -270,3 +312,10 @@ class Sizer:
                 g for g in groups if g.first_node < end and group.first_node < g.first_node + g.nodes
             ]
         return max(1, self.site_cpus // sum(g.tasks_per_node for g in neighbours))
+
+
+def _of_role(by_role: Mapping[RoleName, T], role: Role) -> T | None:
+    """What the site says for `role`; where it says nothing of a group that serves models, for rollouts."""
+    if role in SCORING_ROLES and role not in by_role:
+        return by_role.get("rollout")
+    return by_role.get(role)

@@ -39,10 +39,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
     if site.time_max is not None and placement != "local" and minutes > parse_time(site.time_max):
         text = f"is {recipe.cluster.time!r}; site {site.name} allows {site.time_max}"
         problems.append(loaded.problem(text, "cluster", "time"))
-    if recipe.cluster.reward is not None:
-        text = "a reward group is not available; rewards run beside the replicas"
-        problems.append(loaded.problem(text, "cluster", "reward"))
-    mesh = Mesh(**recipe.policy.parallel.model_dump())
+    mesh = Mesh(**recipe.policy.parallel.model_dump()) if recipe.has_policy else Mesh()
     for name in unsupported_dimensions(recipe.policy.trainer, mesh.model_dump()):
         able = f"trainer {recipe.policy.trainer} shards by dp_replicate, dp_shard and tp, keep 1"
         problems.append(loaded.problem(f"is {getattr(mesh, name)}; {able}", "policy", "parallel", name))

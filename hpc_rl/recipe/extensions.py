@@ -22,6 +22,11 @@ class NoOptions(Section):
     """The config of a member without options."""
 
 
+class Served(Section):
+    """The config of a reward that a model gives, on GPUs of its own: it is made in the processes of the
+    `reward` group and asked for there, and not made in the scorer processes beside the replicas."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One extension. `config` is None when it has no options."""
@@ -80,6 +85,7 @@ _BUILT_IN: dict[str, dict[str, Member]] = {
         "code": Member("hpc_rl.rewards.code:Code", "hpc_rl.rewards.config:CodeConfig"),
         "python": Member("hpc_rl.rewards.python:Python", "hpc_rl.rewards.config:PythonConfig"),
     },
+        "model": Member("hpc_rl.scoring.model:make", "hpc_rl.rewards.model:ModelConfig"),
     "engines": {
         "vllm": Member("hpc_rl.rollout.engines.vllm:VllmEngine", "hpc_rl.rollout.engines.config:VllmOptions"),
         "hf": Member("hpc_rl.rollout.engines.hf:HfEngine", "hpc_rl.rollout.engines.config:HfOptions"),
@@ -192,6 +198,13 @@ def registry(kind: str) -> Registry:
 
 
 def register(kind: str, name: str, *, implementation: str, config: str | None = None) -> None:
+def is_served(item: dict[str, Any]) -> bool:
+    """Whether this item of the recipe's `reward` list is served by the `reward` group.
+
+    Raises UnknownExtension, ImportError or TypeError (a plugin's config)."""
+    return issubclass(registry("rewards").config_class(str(item.get("name"))), Served)
+
+
     """For plugins: make `name` usable in recipes. Both references are `module:attribute` strings."""
     for reference in (implementation, config):
         if reference is not None and reference.count(":") != 1:

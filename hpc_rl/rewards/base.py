@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import msgspec
 
-from hpc_rl.recipe.extensions import REWARD_KEYS, registry
+from hpc_rl.recipe.extensions import REWARD_KEYS, is_served, registry
 from hpc_rl.rewards.config import row_needs
 
 LIMIT_S = 30.0
+MODEL_LIMIT_S = 120.0  # of a batch, which may be long texts or a judge's whole replies
 MEMORY_GB = 8.0
 
 
@@ -76,6 +77,7 @@ def reward_specs(sections: list[dict[str, Any]]) -> list[RewardSpec]:
         weight = float(section.get("weight", 1.0))
         # `code` bounds itself and should get to its own end, which cleans up.
         usual = LIMIT_S if name != "code" else max(LIMIT_S, float(options.get("total_s", 0.0)) + 10.0)
+        usual = MODEL_LIMIT_S if is_served(section) else usual
         limit_s, memory_gb = float(section.get("limit_s", usual)), section.get("memory_gb")
         specs.append(RewardSpec(key, name, weight, options, limit_s, memory_gb))
     return specs

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from hpc_rl.recipe.schema import Positive, Section
+from hpc_rl.rewards.model import ModelConfig
 
 NUMBER_LINE = r"(?m:^)\s*####\s*\$?[-+−]?\$?\d[\d,]*(?:\.\d+)?\s*\Z"
 """A last line `#### <number>`, as GSM8K's answers end."""
@@ -24,7 +25,11 @@ def row_needs(config: BaseModel, answer: str | None, fields: dict[str, Any]) -> 
     if isinstance(config, ContainsConfig) and config.text is None and answer is None:
         return "needs `text`, or the row's answer: set data.train.answer to the column that has it"
     columns = []
-    if isinstance(config, CodeConfig):
+    if isinstance(config, ModelConfig):
+        columns = [name for name in config.needs() if name != "answer"]
+        if "answer" in config.needs() and answer is None:
+            return "shows the row's answer: set data.train.answer to the column that has it"
+    elif isinstance(config, CodeConfig):
         columns = [config.tests, *([config.entry_point] if config.entry_point else [])]
     elif isinstance(config, SingleChoiceConfig) and config.options is not None:
         columns = [config.options]

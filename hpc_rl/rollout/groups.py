@@ -16,6 +16,7 @@ from hpc_rl.rewards.base import SampleInfo
 from hpc_rl.rewards.pool import Scored, ScorerPool
 from hpc_rl.roles import RoleProcess
 from hpc_rl.rollout.engine import Engine, PromptError, Sample
+from hpc_rl.rollout.model_scores import ModelScores
 from hpc_rl.rollout.prompts import PromptCodec, prompt_text
 from hpc_rl.types import PromptGroup, Trajectory
 
@@ -23,8 +24,16 @@ from hpc_rl.types import PromptGroup, Trajectory
 class GroupRunner:
     """Generates and scores prompt groups on one engine; many calls of `answer` may be under way."""
 
-    def __init__(self, process: RoleProcess, engine: Engine, codec: PromptCodec, pool: ScorerPool) -> None:
+    def __init__(
+        self,
+        process: RoleProcess,
+        engine: Engine,
+        codec: PromptCodec,
+        pool: ScorerPool,
+        models: ModelScores,
+    ) -> None:
         self.process, self.engine, self.codec, self.pool = process, engine, codec, pool
+        self.models = models
         self.served = 0
 
     async def answer(self, request: m.Generate) -> m.GroupDone | m.GroupFailed:
@@ -53,6 +62,12 @@ class GroupRunner:
             )
         )
         errors = [score.error for score in scored if score.error]
+        seconds = generated - began
+        trajectories = [
+            self._trajectory(request, ids, i, sample, text, score, seconds)
+            for i, (sample, text, score) in enumerate(zip(samples, texts, scored, strict=True))
+        ]
+        errors += await self.models.complete(request, trajectories, self._dataset(request.purpose))
         if len(errors) == len(scored):
             return self._group_failed(request, f"no sample could be scored: {errors[0]}")
         if errors:
@@ -63,11 +78,6 @@ class GroupRunner:
                 len(scored),
                 errors[0],
             )
-        seconds = generated - began
-        trajectories = [
-            self._trajectory(request, ids, i, sample, text, score, seconds)
-            for i, (sample, text, score) in enumerate(zip(samples, texts, scored, strict=True))
-        ]
         metrics = {
             "rollout/generate_s": seconds,
             "rollout/score_s": time.monotonic() - generated,

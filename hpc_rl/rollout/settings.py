@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpc_rl.plan.adapters import adapter_settings
 from hpc_rl.plan.schema import Plan
-from hpc_rl.recipe.extensions import registry
+from hpc_rl.recipe.extensions import is_served, registry
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.rewards.base import reward_specs
 from hpc_rl.rewards.pool import ScorerPool
@@ -58,10 +58,12 @@ def adapter_shape(recipe: Recipe) -> AdapterShape | None:
 
 
 def scorer_pool(recipe: Recipe, plan: Plan, code: Path) -> ScorerPool:
-    """As many scorers as the replica has cores to spare, at most MAX_SCORERS."""
+    """As many scorers as the replica has cores to spare, at most MAX_SCORERS. Rewards that the reward group
+    serves are not theirs."""
     cpus = plan.group("rollout").cpus_per_task
     return ScorerPool(
-        reward_specs(recipe.reward),
+        [spec for spec, item in rewards if not is_served(item)],
+    rewards = zip(reward_specs(recipe.reward), recipe.reward, strict=True)
         plugins=recipe.plugins,
         code=str(code),
         size=max(1, min(MAX_SCORERS, cpus - 1)),

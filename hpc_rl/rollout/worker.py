@@ -20,6 +20,7 @@ from hpc_rl.roles import RoleProcess
 from hpc_rl.rollout.engine import Engine, EngineError, make_engine
 from hpc_rl.rollout.groups import GroupRunner
 from hpc_rl.rollout.prompts import PromptCodec
+from hpc_rl.rollout.model_scores import ModelScores
 from hpc_rl.rollout.settings import engine_settings, scorer_pool
 from hpc_rl.weights.protocol import WeightTransferError
 
@@ -50,6 +51,7 @@ class Worker:
         self._engine: Engine | None = None  # made when it is known where the model is read from
         self.pool: ScorerPool = scorer_pool(recipe, plan, process.run_dir.code)
         self.runner: GroupRunner | None = None  # made by _load
+        self.models = ModelScores(recipe, process.bus, process.index, process.incarnation)
         self.slots = asyncio.Semaphore(self.rollout.max_in_flight)
         self.groups: set[asyncio.Task[None]] = set()
         self.probe = math.nan
@@ -87,7 +89,8 @@ class Worker:
             self._settings = replace(self._settings, model=str(folder))
         self._engine = make_engine(self.rollout.engine, self._settings)
         await asyncio.gather(self.engine.start(), self.pool.start())
-        self.runner = GroupRunner(process, self.engine, codec, self.pool)
+        self.models.start()
+        self.runner = GroupRunner(process, self.engine, codec, self.pool, self.models)
         self.probe = await self._probe_weights()
         seconds = time.monotonic() - began
         process.log.info("engine %s is loaded (%.1f s)", self.rollout.engine, seconds)
@@ -202,6 +205,7 @@ class Worker:
 
 
 def body(process: RoleProcess) -> int:
+            await self.models.close()
     """What `python -m hpc_rl.rollout` runs inside its RoleProcess."""
     asyncio.run(_run(process))
     return 0

@@ -16,6 +16,8 @@ from typing import Any
 from hpc_rl.run import jsonl
 from hpc_rl.run.paths import RunDir
 
+# Roles whose processes are lost and come back one by one; the others end the attempt.
+REPLICA_ROLES = ("rollout", "reward", "teacher")
 # A lost replica does not end an attempt; its cause counts only when what did end it came this soon after.
 REPLICA_WINDOW_S = 60.0
 # Peers of a dead process report a broken connection, sometimes before the death itself is seen.
@@ -119,7 +121,7 @@ def first_cause(run: RunDir, attempt: int) -> Cause | None:
     connections that peers of a dead process report in the same moment, if anything better is there.
     """
     all_causes = causes(run, attempt)
-    fatal = [cause for cause in all_causes if cause.role != "rollout"]
+    fatal = [cause for cause in all_causes if cause.role not in REPLICA_ROLES]
     if fatal:
         all_causes = [cause for cause in all_causes if cause.time >= fatal[0].time - REPLICA_WINDOW_S]
     if not all_causes:
@@ -137,7 +139,8 @@ def lost_cause(run: RunDir, attempt: int) -> Cause:
 
     A lost replica does not end a supervisor, and the echoes are those of its own death.
     """
-    better = [cause for cause in causes(run, attempt) if cause.role != "rollout" and not _is_echo(cause)]
+    fatal = [cause for cause in causes(run, attempt) if cause.role not in REPLICA_ROLES]
+    better = [cause for cause in fatal if not _is_echo(cause)]
     return better[0] if better else Cause(time.time(), "supervisor", 0, SILENT_END)
 
 

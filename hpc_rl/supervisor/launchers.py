@@ -26,6 +26,8 @@ MODULES: Mapping[str, str] = {
     "controller": "hpc_rl.controller",
     "policy": "hpc_rl.policy",
     "rollout": "hpc_rl.rollout",
+    "reward": "hpc_rl.scoring.reward",
+    "teacher": "hpc_rl.scoring.teacher",
 }
 
 

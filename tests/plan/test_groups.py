@@ -164,7 +164,7 @@ def test_part_of_a_node_gets_its_share_of_memory(plan: Make) -> None:
         ),
         (["cluster.placement=split"], "cluster.placement: is 'split', which is not available"),
         (["cluster.policy.cpus_per_task=9"], "8 tasks x 9 CPUs do not fit the site's 64 CPUs per node"),
-        (["cluster.reward={nodes: 1}"], "cluster.reward: a reward group is not available"),
+        (["cluster.reward={nodes: 1}"], "cluster.reward: no reward of this recipe is a model: remove it"),
     ],
 )
 def test_what_does_not_fit(plan: Make, overrides: list[str], message: str) -> None:
