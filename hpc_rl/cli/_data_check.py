@@ -31,7 +31,8 @@ def data_findings(loaded: LoadedRecipe, site: Site, *, light: bool = False) -> l
     `light`: of a data set that only the Hub's library can open, see no more than that it is in the cache.
     """
     data = loaded.recipe.data
-    findings = _rows(loaded, site, data.train, "train", light)
+    only = loaded.recipe.eval.only and not loaded.recipe.supervised  # then the training's rows are not read
+    findings = [] if only else _rows(loaded, site, data.train, "train", light)
     if data.eval is not None:
         findings += _rows(loaded, site, data.eval, "eval", light)
     return findings
@@ -41,7 +42,7 @@ def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, light
     from hpc_rl.data.errors import DataError
     from hpc_rl.data.rows import find_path, load_rows
 
-    where, sft = place(loaded, "data", which), loaded.recipe.kind == "sft"
+    where, sft = place(loaded, "data", which), loaded.recipe.supervised
     try:
         path = find_path(spec.path, None)
         if light and (path is None or (path / "dataset_info.json").exists()):
@@ -66,9 +67,9 @@ def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, light
 
 
 def steps_of(recipe: Recipe, rows: int) -> int | None:
-    """How many steps the epochs of an SFT recipe are; None where steps are given, or tokens make them."""
+    """How many steps the epochs of a recipe without rollouts are; None where steps or tokens are given."""
     policy = recipe.policy
-    if recipe.kind != "sft" or policy.epochs is None or policy.batch_tokens is not None:
+    if not recipe.supervised or policy.epochs is None or policy.batch_tokens is not None:
         return None
     return math.ceil(policy.epochs * rows / policy.batch_size)
 
@@ -104,6 +105,7 @@ def _check_rows(
     """
     from hpc_rl.data.errors import DataError
     from hpc_rl.data.media import MediaFiles
+    from hpc_rl.data.preference import check_pairs
     from hpc_rl.data.prompts import check_rows
     from hpc_rl.data.rows import find_path
     from hpc_rl.data.templates import ChatTemplate
@@ -127,6 +129,10 @@ def _check_rows(
         files.prepare(unpack=False)
 
     def seen(conversation: Conversation, where: str) -> None:
+        if template is None and spec.format == "preference" and words is not None and not light:
+            raise DataError(
+                f"{where} has chat messages, and {words} has no chat template; set model.tokenizer"
+            )
         if not conversation.has_media:
             return
         if not looks and folder is not None:
@@ -138,6 +144,9 @@ def _check_rows(
             )
         files.check(conversation, where)
 
+    if spec.format == "preference":
+        check_pairs(rows, spec, max_rows=ROWS_CHECKED, template=template, seen=seen)
+        return
     lacking = None if sft else row_checker(loaded.recipe.reward)
     check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED, template=template, seen=seen, lacking=lacking)
 

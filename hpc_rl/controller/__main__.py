@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from hpc_rl.controller.base import Controller
+from hpc_rl.controller.eval_only import RlEvaluation, SftEvaluation
 from hpc_rl.controller.rl import RlController
 from hpc_rl.controller.sft import SftController
 from hpc_rl.roles import RoleProcess, main
@@ -12,7 +13,13 @@ from hpc_rl.roles import RoleProcess, main
 
 def body(role: RoleProcess) -> int:
     """The exit code of the attempt."""
-    kinds: dict[str, type[Controller]] = {"rl": RlController, "sft": SftController}
+    kinds: dict[str, type[Controller]] = {
+        "rl": RlController,
+        "sft": SftController,
+        "preference": SftController,
+    }
+    if role.recipe.eval.only:
+        kinds = {kind: RlEvaluation if kind == "rl" else SftEvaluation for kind in kinds}
     controller = kinds[role.recipe.kind](role)
     try:
         code = controller.run()

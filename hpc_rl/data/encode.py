@@ -24,11 +24,13 @@ IMAGE, VIDEO = 1, 2  # kinds of media, to be added up
 
 @dataclass
 class Encoded:
-    """`loss_mask[t]` is 1 where token t is learned; `media` goes by the names of the model's forward."""
+    """`loss_mask[t]` is 1 where token t is learned; `media` goes by the names of the model's forward. Of a
+    preference pair the rejected sequence begins at `split`."""
 
     token_ids: list[int]
     loss_mask: list[int]
     media: dict[str, Any] | None = None
+    split: int = 0
 
 
 @dataclass
@@ -74,9 +76,9 @@ class Encoder:
         today: datetime | None = None,
     ) -> None:
         self._tokenizer, self._spec, self._max_length, self._media = tokenizer, spec, max_length, media
-        self._template = media.template if media else ChatTemplate.of_tokenizer(tokenizer, today=today)
+        self.template = media.template if media else ChatTemplate.of_tokenizer(tokenizer, today=today)
         self._control = Control(tokenizer)
-        if self._template is None and (spec.format in CHAT_FORMATS or spec.chat or spec.system is not None):
+        if self.template is None and (spec.format in CHAT_FORMATS or spec.chat or spec.system is not None):
             raise DataError(
                 f"{spec.path}: chat messages (or `system`, or `chat: true`) need a tokenizer with a chat "
                 "template; use `template` for plain prompts"
@@ -87,19 +89,18 @@ class Encoder:
         where = where or self._spec.path
         conversation = self._conversation(row, where)
         if conversation is None:
-            plain = self._plain(row, where)
-            if self._media is not None:
-                self._media.refuse_placeholders(plain.token_ids, where)
-            return self._fitted([plain], 0, where)
+            content, completion = completion_of(row, self._spec, where)
+            assert isinstance(content, str)
+            return self._fitted([self.plain(content, completion, where)], 0, where)
         if conversation.has_media and self._media is None:
             raise DataError(f"{where} has images or videos, and the model has no processor for them")
-        assert self._template is not None
+        assert self.template is not None
         if self._media is not None:
             conversation = self._media.open(conversation, where)
-        messages = self._template.prepared(conversation.messages)
+        messages = self.template.prepared(conversation.messages)
         conversation = replace(conversation, messages=messages)
-        found = renderings(self._template, conversation, self._spec.train_on, where)
-        sequences = [self._sequence(rendering, conversation, where) for rendering in found]
+        found = renderings(self.template, conversation, self._spec.train_on, where)
+        sequences = [self.sequence(rendering, conversation, where) for rendering in found]
         row = self._fitted(sequences, int(conversation.repaired), where)
         row.kinds = IMAGE * bool(conversation.images) + VIDEO * bool(conversation.videos)
         return row
@@ -110,11 +111,12 @@ class Encoder:
         if spec.format in CHAT_FORMATS:
             return conversation_of(row, spec, where)
         content, completion = completion_of(row, spec, where)
-        if completion is None or (isinstance(content, str) and (spec.chat is False or not self._template)):
+        if completion is None or (isinstance(content, str) and (spec.chat is False or not self.template)):
             return None
         return wrap(content, completion, row, spec)
 
-    def _sequence(self, rendering: Rendering, conversation: Conversation, where: str) -> Encoded:
+    def sequence(self, rendering: Rendering, conversation: Conversation, where: str) -> Encoded:
+        """The tokens of a rendering, and which of them are learned."""
         media: dict[str, Any] | None = None
         never: list[int] = []
         text, spans = rendering.text, rendering.spans
@@ -144,10 +146,15 @@ class Encoder:
             return []
         return [eos] if not text[tokens.ends[last] :].strip() else []
 
-    def _plain(self, row: dict[str, Any], where: str) -> Encoded:
-        """Without a template: the prompt as the sampler would be asked it, then the completion."""
-        content, completion = completion_of(row, self._spec, where)
-        assert isinstance(content, str)
+    def plain(self, content: str, completion: str | None, where: str) -> Encoded:
+        """Without a template: the prompt as the sampler would be asked it, then the completion (None: all of
+        the text is learned)."""
+        found = self._plain(content, completion)
+        if self._media is not None:
+            self._media.refuse_placeholders(found.token_ids, where)
+        return found
+
+    def _plain(self, content: str, completion: str | None) -> Encoded:
         eos = self._tokenizer.eos_token_id
         end = [eos] if eos is not None else []
         if completion is None:
@@ -184,8 +191,11 @@ class Encoder:
 
 
 # --- prompts -------------------------------------------------------------------------------------------
-def encode_prompt(tokenizer: Any, content: Content, spec: DatasetSpec) -> list[int]:
-    """Token ids of a prompt, up to and with the marker of the answer's beginning.
+def encode_prompt(
+    tokenizer: Any, content: Content, spec: DatasetSpec, tools: list[Any] | None = None
+) -> list[int]:
+    """Token ids of a prompt, up to and with the marker of the answer's beginning. The chat template is given
+    `tools` (JSON schemas).
 
     Messages go through the chat template; a string does so as one user message unless `spec.chat` is
     false or the tokenizer has no template. Raises DataError when a template is needed and missing, or
@@ -194,7 +204,7 @@ def encode_prompt(tokenizer: Any, content: Content, spec: DatasetSpec) -> list[i
     messages = _messages(tokenizer, content, spec)
     if messages is None:
         return _open_prompt(tokenizer, list(tokenizer(content).input_ids))
-    return _open_prompt(tokenizer, _ids(tokenizer, _apply(tokenizer, messages, spec)))
+    return _open_prompt(tokenizer, _ids(tokenizer, _apply(tokenizer, messages, spec, tools)))
 
 
 def _open_prompt(tokenizer: Any, ids: list[int]) -> list[int]:
@@ -221,11 +231,15 @@ def _messages(tokenizer: Any, content: Content, spec: DatasetSpec) -> list[dict[
     return as_messages(content, spec)
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, Any]], spec: DatasetSpec) -> str:
+def _apply(
+    tokenizer: Any, messages: list[dict[str, Any]], spec: DatasetSpec, tools: list[Any] | None
+) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=True)
+        )
     except TemplateError as error:
         roles = ", ".join(str(m["role"]) for m in messages)
         raise DataError(f"{spec.path}: the chat template refuses the roles {roles}: {error}") from error

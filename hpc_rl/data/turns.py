@@ -41,14 +41,15 @@ class Rendering:
 
 
 def renderings(
-    template: ChatTemplate, conversation: Conversation, train_on: str, where: str
+    template: ChatTemplate, conversation: Conversation, train_on: str, where: str, first: int = 0
 ) -> list[Rendering]:
-    """The sequences of a conversation, first turns first. Raises DataError naming the message."""
+    """The sequences of a conversation, first turns first; only answers from message `first` on are learned.
+    Raises DataError naming the message."""
     messages, tools = conversation.messages, conversation.tools
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers or answers[-1] != len(messages) - 1:
         raise DataError(f"{where}: the messages must end with an assistant message to learn")
-    wanted = answers if train_on == "assistant" else answers[-1:]
+    wanted = [n for n in answers if n >= first] if train_on == "assistant" else answers[-1:]
     try:
         lost = None
         try:

@@ -23,6 +23,7 @@ from hpc_rl.policy.ema import WeightAverage
 from hpc_rl.policy.exports import EXPORT_LIMIT_S, Exports
 from hpc_rl.policy.guard import SpikeGuard, name_samples
 from hpc_rl.policy.optimizer import clip_gradients, make_optimizer, schedule_factor, set_rates
+from hpc_rl.policy.preference import evaluate_pairs
 from hpc_rl.policy.profiling import StepProfiler
 from hpc_rl.policy.reference import Reference, make_reference
 from hpc_rl.policy.restore import Restorer, stage_file
@@ -32,12 +33,13 @@ from hpc_rl.policy.state import TrainingState
 from hpc_rl.policy.step import Ranks, Reduced, SampleId, StepRunner, Totals
 from hpc_rl.policy.throughput import StepTimer, throughput_of
 from hpc_rl.policy.trainer import BadStepError, NonFiniteError, SpikeError, TrainerContext
+from hpc_rl.policy.updates import RolloutUpdates, Update, together
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.weights.protocol import WeightSource
 
 
 class Fsdp2Trainer:
-    """See `Trainer`. One optimizer step per command; gradients add up over its micro-batches."""
+    """See `Trainer`. One step per command; gradients add up over the micro-batches of an update."""
 
     model: HfModel
     optimizer: torch.optim.Optimizer
@@ -45,6 +47,7 @@ class Fsdp2Trainer:
     runner: StepRunner
     ema: WeightAverage | None = None
     reference: Reference | None = None
+    rollouts: RolloutUpdates | None = None
 
     def __init__(self, context: TrainerContext) -> None:
         self.context, self.recipe = context, context.recipe
@@ -93,6 +96,8 @@ class Fsdp2Trainer:
         ranks = Ranks(self.rank, self.world_size, self.data_parallel, self.tp, self.device)
         self.reference = make_reference(recipe, self.model, parallel, self.algorithm.temperature)
         self.runner = StepRunner(self.model, self.algorithm, ranks, self.model.sharded, self.reference)
+        if recipe.kind == "rl":
+            self.rollouts = self._make_rollouts()
         if recipe.policy.ema is not None:
             self.ema = WeightAverage(self.model.module, recipe.policy.ema)
         self.timer = StepTimer(self.device)
@@ -120,14 +125,19 @@ class Fsdp2Trainer:
 
     def _make_algorithm(self) -> Algorithm:
         options = dict(self.recipe.algorithm)
-        name = str(options.get("name", "sft" if self.recipe.kind == "sft" else "grpo"))
+        name = str(options.get("name", {"sft": "sft", "preference": "dpo"}.get(self.recipe.kind, "grpo")))
         algorithms = registry("algorithms")
         algorithm: Algorithm = algorithms.load(name)(algorithms.config(name, options))
         return algorithm
 
+    def _make_rollouts(self) -> RolloutUpdates:
+        options = dict(self.recipe.algorithm)
+        config = registry("algorithms").config(str(options["name"]), options)
+        return RolloutUpdates(self.runner, config, self.recipe.policy.updates, self.recipe.seed)
+
     def _count_steps(self) -> None:
         policy, spec = self.recipe.policy, self.recipe.data.train
-        if self.recipe.kind == "sft":
+        if self.recipe.supervised:
             self.sft = open_sft_data(
                 self.recipe,
                 self.context.run_dir,
@@ -150,27 +160,16 @@ class Fsdp2Trainer:
             raise ValueError(f"step {command.step} was commanded after step {self.step}")
         self.profiler.before(command.step)
         self.timer.begin()
-        if self.sft is not None:
-            micro_batches, denominator = self.sft.micro_batches(command.step, self.dp_rank)
-        else:
-            micro_batches = [micro_batch.samples for micro_batch in command.micro_batches]
-            denominator = command.denominator
-        if denominator == 0:  # nothing to train on, on any rank: not even momentum may move the weights
+        updates = self._updates(command)
+        if not updates:  # nothing to train on, on any rank: not even momentum may move the weights
             self.step = command.step
             self.profiler.after(command.step)
             return {"train/skipped": 1.0} | (self.sft.skipped(command.step) if self.sft is not None else {})
         self.timer.mark("data")
-        totals = self.runner.forward_backward(micro_batches, denominator)
-        self.timer.mark("forward_backward")
         options = self.recipe.policy.optimizer
-        norm = clip_gradients(list(self.model.module.parameters()), options.clip_norm)
-        reduced = self.runner.reduce(totals, norm)
-        self.timer.mark("reduce")
-        self._check(command.step, totals, reduced)
         factor = schedule_factor(options, command.step, self.total_steps)
         set_rates(self.optimizer, factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        reduced = together([self._update(command.step, update) for update in updates])
         self.step = command.step
         if self.ema is not None:
             self.ema.update(self.step)
@@ -184,8 +183,28 @@ class Fsdp2Trainer:
         self.profiler.after(command.step)
         return metrics
 
+    def _updates(self, command: TrainStep) -> list[Update]:
+        """Of this step; none if there is nothing to train on."""
+        if self.sft is not None:
+            micro_batches, denominator = self.sft.micro_batches(command.step, self.dp_rank)
+            return [Update(micro_batches, denominator)] if denominator > 0 else []
+        assert self.rollouts is not None
+        return self.rollouts.of(command)
+
+    def _update(self, step: int, update: Update) -> Reduced:
+        """One optimizer update, and its numbers over all ranks."""
+        totals = self.runner.forward_backward(update.micro_batches, update.denominator, update.fixed)
+        self.timer.mark("forward_backward")
+        norm = clip_gradients(list(self.model.module.parameters()), self.recipe.policy.optimizer.clip_norm)
+        reduced = self.runner.reduce(totals, norm)
+        self.timer.mark("reduce")
+        self._check(step, totals, reduced)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return reduced
+
     def _check(self, step: int, totals: Totals, reduced: Reduced) -> None:
-        """Before any weight is changed. All ranks see the same numbers, and stop together or not at all.
+        """Before an update changes a weight. All ranks see the same numbers, and stop together or not at all.
 
         Raises NonFiniteError or SpikeError.
         """
@@ -214,9 +233,12 @@ class Fsdp2Trainer:
     def evaluate(self, step: int) -> dict[str, float]:
         if step != self.step:
             raise ValueError(f"an evaluation at step {step} was commanded after step {self.step}")
-        assert self.sft is not None, "only SFT has a validation loss; RL evaluates by its rewards"
+        assert self.sft is not None, "RL has no validation loss; it evaluates by its rewards"
         with self._averaged():
-            return self.runner.evaluate(self.sft.eval_micro_batches(self.dp_rank))
+            micro_batches = self.sft.eval_micro_batches(self.dp_rank)
+            if self.recipe.kind == "preference":
+                return evaluate_pairs(self.runner, micro_batches)
+            return self.runner.evaluate(micro_batches)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -48,14 +48,14 @@ EMPTY_STEPS_LIMIT = 10
 class _Step:
     """One step's sequences, those that this rank has made; `dealt` by rank and micro-batch.
 
-    `tokens` are the trained ones, and `kinds` those of media: of all ranks, but where ranks have yet to
-    agree, by `rows`.
+    `denominator` is what its loss is divided by (trained tokens, or pairs), `kinds` are those of media: of
+    all ranks, but where ranks have yet to agree, by `rows`.
     """
 
     step: int
     samples: list[TrainSample]
     dealt: dict[int, list[list[TrainSample]]] = field(default_factory=dict)
-    tokens: float = 0.0
+    denominator: float = 0.0
     counts: dict[str, float] = field(default_factory=no_counts)
     kinds: int = 0
     rows: list[EncodedRow] = field(default_factory=list)
@@ -192,24 +192,24 @@ class SftData:
         return self._take(step).samples
 
     def micro_batches(self, step: int, rank: int) -> tuple[list[list[TrainSample]], float]:
-        """`(micro-batches of data-parallel rank `rank`, trained tokens of the whole step)`.
+        """`(micro-batches of data-parallel rank `rank`, trained tokens, or pairs, of the whole step)`.
 
         Every rank gets equally many micro-batches; an empty one still takes part in collectives.
         """
         now = self._take(step)
-        tokens = now.tokens
+        denominator = now.denominator
         if self._by_turns:
             assert rank == self._own_rank
             mine = deal(self._policy, now.samples, 1)[0]
-            sums = [tokens, *(now.counts[name] for name in COUNTS)]
+            sums = [denominator, *(now.counts[name] for name in COUNTS)]
             count, sums, now.kinds = agreed(self._agree, len(mine), sums, now.rows)
             mine += [[] for _ in range(count - len(mine))]
-            tokens = sums[0]
+            denominator = sums[0]
             self._count(now, dict(zip(COUNTS, sums[1:], strict=True)))
         else:
             mine = now.dealt[rank]
             self._count(now, now.counts)
-        return [self._with_blanks(samples, now.kinds) for samples in mine], tokens
+        return [self._with_blanks(samples, now.kinds) for samples in mine], denominator
 
     def metrics(self) -> dict[str, float]:
         """Of the newest step: epochs seen, and what became of rows since the run began."""
@@ -290,7 +290,8 @@ class SftData:
             for name in COUNTS:
                 now.counts[name] += getattr(row, name)
             now.samples += samples_of(ordinal, row)
-        now.tokens = float(sum(sum(sample.loss_mask) for sample in now.samples))
+        tokens = sum(sum(sample.loss_mask) for sample in now.samples)
+        now.denominator = float(len(now.samples) if self._source.pairs else tokens)
         self._at = Position(step, until(first + size), {}, at.counts)
         self._stream.want(following)
         return now
@@ -308,7 +309,8 @@ class SftData:
         self._begin_next(step + 1, taken)
         dealt = {rank: [[made[key] for key in one] for one in rows] for rank, rows in mine.items()}
         samples = [made[key] for key in plan.sizes if key in made]
-        return _Step(step, samples, dealt, plan.tokens, plan.counts, plan.kinds)
+        denominator = float(len(plan.sizes)) if self._source.pairs else plan.tokens
+        return _Step(step, samples, dealt, denominator, plan.counts, plan.kinds)
 
     def _plan(self, step: int) -> Plan:
         plan = self._planner.plan(step, self._at)

@@ -13,6 +13,7 @@ from hpc_rl.data.encode import IMAGE, VIDEO, EncodedRow, Encoder
 from hpc_rl.data.media import MediaFiles
 from hpc_rl.data.multimodal import Multimodal
 from hpc_rl.data.packing import pack, pack_fixed
+from hpc_rl.data.preference_encode import PairEncoder
 from hpc_rl.data.rows import Rows
 from hpc_rl.data.sizes import Measured, RowSizes
 from hpc_rl.data.stream import RowStream
@@ -36,6 +37,11 @@ class RowSource:
     encoder: Callable[[], Callable[[int], EncodedRow]]
     has_media: bool = False
     without_media: Callable[[], Callable[[int], EncodedRow]] | None = None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row is a preference pair, of which the loss counts pairs and not tokens."""
+        return self.spec.format == "preference"
 
     def measure(self) -> Callable[[int], RowSizes]:
         """A function from row index to the sizes of its sequences, for one thread alone."""
@@ -63,7 +69,9 @@ def row_source(
         if processor is not None:
             assert files is not None
             media, own = kind(own, files, today), own.tokenizer
-        encode = Encoder(own, spec, max_length, media, today)
+        encode: Encoder | PairEncoder = Encoder(own, spec, max_length, media, today)
+        if spec.format == "preference":
+            encode = PairEncoder(encode, spec, max_length)
         return lambda index: encode(rows[index], rows.where(index))
 
     encoder()  # a missing chat template is an error of the start, not of a thread
@@ -75,7 +83,7 @@ def row_source(
 def samples_of(ordinal: int, row: EncodedRow) -> list[TrainSample]:
     """The train samples of an encoded row."""
     return [
-        TrainSample(ordinal, number, one.token_ids, one.loss_mask, [], [], media=one.media)
+        TrainSample(ordinal, number, one.token_ids, one.loss_mask, [], [], media=one.media, split=one.split)
         for number, one in enumerate(row.sequences)
     ]
 

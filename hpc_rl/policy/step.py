@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpc_rl.algorithms.base import Algorithm, LossOutput
+from hpc_rl.algorithms.base import Algorithm, LossOutput, TokenBatch
 from hpc_rl.algorithms.chunked_head import WeightedSum
 from hpc_rl.data.errors import DataError
 from hpc_rl.models.base import ModelAdapter
-from hpc_rl.policy.batching import PackedBatch, pack_samples
+from hpc_rl.policy.batching import Fixed, PackedBatch, pack_samples
 from hpc_rl.policy.reference import Reference
 from hpc_rl.types import TrainSample
 
+NO_VALIDATION = (
+    "the validation rows (data.eval, or data.holdout of data.train) have no token to learn: sequences above "
+    "policy.max_length are cut or dropped (overlong of their section), and one without a trained token is "
+    "dropped. Raise policy.max_length or give other validation rows"
+)
 SampleId = tuple[int, int]  # ordinal, number of the sample of that prompt
 
 
@@ -116,24 +121,32 @@ class StepRunner:
         self.model, self.algorithm, self.ranks, self.sharded = model, algorithm, ranks, sharded
         self.reference = reference
 
-    def forward_backward(self, micro_batches: list[list[TrainSample]], denominator: float) -> Totals:
-        """Gradients of all micro-batches, and the totals of this rank. Waits for no number of the device."""
+    def forward_backward(
+        self, micro_batches: list[list[TrainSample]], denominator: float, fixed: list[Fixed] | None = None
+    ) -> Totals:
+        """Gradients of all micro-batches, and the totals of this rank; `fixed` has what was made of each
+        before the step. Waits for no number of the device."""
         totals = Totals()
         for number, samples in enumerate(micro_batches):
             if self.sharded:
                 # HSDP: replicas agree once, after the last micro-batch.
                 self.model.module.set_requires_all_reduce(number == len(micro_batches) - 1)
-            batch = self._pack(samples, denominator)
-            if self.reference is not None:
-                batch.tokens.reference_log_probs = self.reference.log_probs(batch)
+            batch = self.pack(samples, denominator, fixed[number] if fixed is not None else None)
             output = self.algorithm.loss(batch.tokens, *self._log_probs(batch))
             # FSDP averages over the data-parallel ranks; our shares of the loss add up.
             (output.loss * (self.ranks.data_parallel if self.sharded else 1)).backward()
             totals.add(output, samples)
         return totals
 
-    def _pack(self, samples: list[TrainSample], denominator: float) -> PackedBatch:
-        return pack_samples(samples, denominator, self.ranks.device, placeholders=self.model.placeholders)
+    def pack(self, samples: list[TrainSample], denominator: float, fixed: Fixed | None = None) -> PackedBatch:
+        """The row of `samples`, with the log-probs of the reference if there is one."""
+        placeholders = self.model.placeholders
+        batch = pack_samples(samples, denominator, self.ranks.device, placeholders=placeholders)
+        if fixed is not None:
+            fixed.fill(batch.tokens)
+        if self.reference is not None and batch.tokens.reference_log_probs is None:
+            batch.tokens.reference_log_probs = self.reference.log_probs(batch)
+        return batch
 
     def _log_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         algorithm, tokens = self.algorithm, batch.tokens
@@ -144,33 +157,46 @@ class StepRunner:
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[list[TrainSample]]) -> dict[str, float]:
         """Mean negative log-likelihood per trained token, over all ranks; every rank has equally many
-        micro-batches. Gradients, RNG and the optimizer stay as they are. Raises DataError, on all ranks,
-        where there is no such token: a loss of 0 would be the best one for good."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        micro-batches. Raises DataError, on all ranks, where there is no such token: a loss of 0 would be the
+        best one for good."""
+
+        def of(batch: TokenBatch, log_probs: Tensor) -> Tensor:
+            kept = torch.where(batch.mask > 0, log_probs, torch.zeros_like(log_probs))
+            return torch.stack([kept.double().sum(), batch.mask.double().sum()])
+
+        total, tokens = self.validation_sums(micro_batches, of)
+        if tokens == 0:
+            raise DataError(NO_VALIDATION)
+        loss = -total / tokens
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/tokens": tokens}
+
+    @torch.no_grad()
+    def validation_sums(
+        self, micro_batches: Iterable[list[TrainSample]], of: Callable[[TokenBatch, Tensor], Tensor]
+    ) -> list[float]:
+        """`of(tokens, log_probs)` of every micro-batch, added up over all ranks, which have equally many.
+
+        The tokens' denominator is 1. Gradients, RNG and the optimizer stay as they are. Raises DataError
+        where there is none."""
+        sums: Tensor | None = None
         module = self.model.module
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         module.eval()
         with torch.random.fork_rng(devices):
             for samples in micro_batches:
-                batch = self._pack(samples, 1.0)
-                log_probs, _ = self._log_probs(batch)
-                kept = torch.where(batch.tokens.mask > 0, log_probs, torch.zeros_like(log_probs))
-                sums += torch.stack([kept.double().sum(), batch.tokens.mask.double().sum()])
+                batch = self.pack(samples, 1.0)
+                found = of(batch.tokens, self._log_probs(batch)[0])
+                sums = found if sums is None else sums + found
         if self.sharded:
             module.reshard()  # a forward without backward leaves the root's parameters whole
         module.train()
+        if sums is None:
+            raise DataError(NO_VALIDATION)
         if self.ranks.world_size > 1:
             dist.all_reduce(sums)
-        total, tokens = (sums / self.ranks.tp).tolist()
-        if tokens == 0:
-            raise DataError(
-                "the validation rows (data.eval, or data.holdout of data.train) have no token to learn: "
-                "sequences above policy.max_length are cut or dropped (overlong of their section), and one "
-                "without a trained token is dropped. Raise policy.max_length or give other validation rows"
-            )
-        loss = -total / tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/tokens": tokens}
+        totals: list[float] = (sums / self.ranks.tp).tolist()
+        return totals
 
     def reduce(self, totals: Totals, norm: Tensor) -> Reduced:
         """Totals over all ranks. The one point of a step where the host waits for the device."""

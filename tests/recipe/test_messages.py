@@ -167,10 +167,18 @@ def test_a_misspelt_section_is_one_mistake(write: Write, wrong: Wrong, key: str)
     assert len(text.splitlines()) == 1
 
 
-def test_preference_is_one_clear_error(write: Write, wrong: Wrong) -> None:
-    text = wrong(write("kind: preference\nname: x\nmodel: {path: m}\ndata: {train: {path: d}}\n"))
-    assert text == 'r.yaml:1: kind: is "preference"; preference is not in this version; allowed: sft, rl'
-    assert "preference" not in wrong(write("extends: small.yaml\nkind: dpo\n")).replace("r.yaml", "")
+def test_kind_preference_has_pairs_and_no_rollouts(write: Write, wrong: Wrong) -> None:
+    begin = "name: x\nmodel: {path: m}\npolicy: {steps: 5}\n"
+    said = wrong(write(f"kind: preference\n{begin}data: {{train: {{path: d}}}}\nreward: [{{name: exact}}]\n"))
+    assert "r.yaml:5: data.train.format: is 'prompt_answer'; kind preference has format preference" in said
+    assert "kind preference has no reward; remove it" in said
+    data = "data: {train: {path: d, format: preference}}\n"
+    said = wrong(write(f"kind: preference\n{begin}{data}algorithm: {{name: grpo}}\n"))
+    assert "algorithm.name: is 'grpo'; kind preference has algorithm dpo (or none)" in said
+    said = wrong(write(f"kind: sft\n{begin}{data}"))
+    assert "data.train.format: is 'preference'; kind sft has no pairs; they belong to kind preference" in said
+    said = wrong(write(f"kind: preference\n{begin}{data}algorithm: {{loss: simpo}}\n"))
+    assert """algorithm.loss: is "simpo"; allowed: 'sigmoid', 'ipo' or 'hinge'""" in said
 
 
 def test_the_keys_of_a_reward_include_its_name_and_weight(write: Write, wrong: Wrong) -> None:
