@@ -284,18 +284,6 @@ class WeightsFailed(_Message):
     cause: str
 
 
-Message = (
-    Register
-    | RoleFailed
-    | RoleStopped
-    | StartRole
-    | StopRole
-    | StepStarted
-    | StepExited
-    | Interrupt
-    | TrainStep
-    | PushWeights
-    | SaveCheckpoint
 # --- the groups that serve models: reward and teacher ----------------------------------------------
 class ScoringReady(_Message):
     """reward or teacher -> controller: the models are loaded, requests are answered."""
@@ -359,6 +347,18 @@ class TokensScored(_Message):
     error: str = ""
 
 
+Message = (
+    Register
+    | RoleFailed
+    | RoleStopped
+    | StartRole
+    | StopRole
+    | StepStarted
+    | StepExited
+    | Interrupt
+    | TrainStep
+    | PushWeights
+    | SaveCheckpoint
     | ExportModel
     | EvalLoss
     | Stop
@@ -376,7 +376,6 @@ class TokensScored(_Message):
     | GroupFailed
     | WeightsApplied
     | WeightsFailed
-)
     | ScoringReady
     | ScoringMembers
     | ScoreAnswer
@@ -384,3 +383,4 @@ class TokensScored(_Message):
     | ScoringBegan
     | AnswerScored
     | TokensScored
+)

@@ -72,9 +72,9 @@ class Sizer:
         groups.append(self._policy())
         if self.recipe.rollout is not None:
             groups.append(self._rollout())
+        groups += [self._scoring(role) for role in scoring_roles(self.recipe)]
         if self.placement == "het":
             for index, group in enumerate(groups):
-        groups += [self._scoring(role) for role in scoring_roles(self.recipe)]
                 group.component = index
         elif self.placement == "shared":
             self._share(groups)
@@ -166,8 +166,6 @@ class Sizer:
             )
         return self._group("rollout", options, nodes, rollout.replicas, per_node, width if capacity else 0)
 
-    def _nodes(self, options: GroupOptions) -> int:
-        return 1 if self.placement == "local" else options.nodes
     def _scoring(self, role: ScoringRole) -> Group:
         """A replica of a group that serves models is one process with `gpus_per_replica` GPUs of a node."""
         options = getattr(self.recipe.cluster, role) or ScoringOptions()
@@ -196,6 +194,8 @@ class Sizer:
             )  # fmt: skip
         return self._group(role, options, nodes, replicas, per_node, width if capacity else 0)
 
+    def _nodes(self, options: GroupOptions) -> int:
+        return 1 if self.placement == "local" else options.nodes
 
     def _group(
         self,

@@ -84,8 +84,8 @@ _BUILT_IN: dict[str, dict[str, Member]] = {
         "overlong": Member("hpc_rl.rewards.overlong:Overlong", "hpc_rl.rewards.config:OverlongConfig"),
         "code": Member("hpc_rl.rewards.code:Code", "hpc_rl.rewards.config:CodeConfig"),
         "python": Member("hpc_rl.rewards.python:Python", "hpc_rl.rewards.config:PythonConfig"),
-    },
         "model": Member("hpc_rl.scoring.model:make", "hpc_rl.rewards.model:ModelConfig"),
+    },
     "engines": {
         "vllm": Member("hpc_rl.rollout.engines.vllm:VllmEngine", "hpc_rl.rollout.engines.config:VllmOptions"),
         "hf": Member("hpc_rl.rollout.engines.hf:HfEngine", "hpc_rl.rollout.engines.config:HfOptions"),
@@ -197,7 +197,6 @@ def registry(kind: str) -> Registry:
     return _REGISTRIES[kind]
 
 
-def register(kind: str, name: str, *, implementation: str, config: str | None = None) -> None:
 def is_served(item: dict[str, Any]) -> bool:
     """Whether this item of the recipe's `reward` list is served by the `reward` group.
 
@@ -205,6 +204,7 @@ def is_served(item: dict[str, Any]) -> bool:
     return issubclass(registry("rewards").config_class(str(item.get("name"))), Served)
 
 
+def register(kind: str, name: str, *, implementation: str, config: str | None = None) -> None:
     """For plugins: make `name` usable in recipes. Both references are `module:attribute` strings."""
     for reference in (implementation, config):
         if reference is not None and reference.count(":") != 1:

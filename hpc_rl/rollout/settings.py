@@ -61,9 +61,9 @@ def scorer_pool(recipe: Recipe, plan: Plan, code: Path) -> ScorerPool:
     """As many scorers as the replica has cores to spare, at most MAX_SCORERS. Rewards that the reward group
     serves are not theirs."""
     cpus = plan.group("rollout").cpus_per_task
+    rewards = zip(reward_specs(recipe.reward), recipe.reward, strict=True)
     return ScorerPool(
         [spec for spec, item in rewards if not is_served(item)],
-    rewards = zip(reward_specs(recipe.reward), recipe.reward, strict=True)
         plugins=recipe.plugins,
         code=str(code),
         size=max(1, min(MAX_SCORERS, cpus - 1)),

@@ -19,8 +19,8 @@ from hpc_rl.rewards.pool import ScorerPool
 from hpc_rl.roles import RoleProcess
 from hpc_rl.rollout.engine import Engine, EngineError, make_engine
 from hpc_rl.rollout.groups import GroupRunner
-from hpc_rl.rollout.prompts import PromptCodec
 from hpc_rl.rollout.model_scores import ModelScores
+from hpc_rl.rollout.prompts import PromptCodec
 from hpc_rl.rollout.settings import engine_settings, scorer_pool
 from hpc_rl.weights.protocol import WeightTransferError
 
@@ -50,9 +50,8 @@ class Worker:
         )
         self._engine: Engine | None = None  # made when it is known where the model is read from
         self.pool: ScorerPool = scorer_pool(recipe, plan, process.run_dir.code)
-        self.runner: GroupRunner | None = None  # made by _load
         self.models = ModelScores(recipe, process.bus, process.index, process.incarnation)
-        self.slots = asyncio.Semaphore(self.rollout.max_in_flight)
+        self.runner: GroupRunner | None = None  # made by _load
         self.groups: set[asyncio.Task[None]] = set()
         self.probe = math.nan
         self.failed: asyncio.Future[None] | None = None
@@ -110,7 +109,6 @@ class Worker:
             for message in await asyncio.to_thread(self.process.inbox.poll, POLL_S):
                 match message:
                     case m.Generate():
-                        await self.slots.acquire()  # back-pressure: the rest waits on the bus
                         self._start_group(message)
                     case m.ReceiveWeights():
                         await self._receive_weights(message.version)
@@ -129,7 +127,6 @@ class Worker:
 
     def _group_ended(self, task: asyncio.Task[None]) -> None:
         self.groups.discard(task)
-        self.slots.release()
         if not self.groups:
             self.process.phase("idle")
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -199,13 +196,13 @@ class Worker:
             task.cancel()
         await asyncio.gather(*self.groups, return_exceptions=True)
         async with asyncio.timeout(CLOSE_LIMIT_S):
+            await self.models.close()
             await self.pool.close()
             if self._engine is not None:
                 await self._engine.close()
 
 
 def body(process: RoleProcess) -> int:
-            await self.models.close()
     """What `python -m hpc_rl.rollout` runs inside its RoleProcess."""
     asyncio.run(_run(process))
     return 0
