@@ -22,7 +22,7 @@ from hpc_rl.policy.trainer import TrainerContext
 from hpc_rl.recipe.extensions import register
 from hpc_rl.recipe.schema import Section
 from hpc_rl.rollout.engine import EngineSettings, Sample, WeightReport
-from hpc_rl.types import Sampling, VersionSpan
+from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 from hpc_rl.weights.protocol import PushResult
 
 FLOOR_S = 0.020
@@ -88,6 +88,7 @@ class PacedEngine:
         self.options: PacedEngineOptions = settings.options
         self.version, self.vocab_size = 0, 16
         self._slots = asyncio.Semaphore(self.options.slots)
+        self._running, self._asked = 0, 0
 
     async def start(self) -> None:
         return None
@@ -95,13 +96,19 @@ class PacedEngine:
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
     ) -> list[Sample]:
+        self._asked += count
         async with self._slots:
+            self._running += count
             await asyncio.sleep(lognormal(sampling.seed, self.options.mean_s, self.options.sigma))
+        self._running, self._asked = self._running - count, self._asked - count
         tokens, spans = [5] * ANSWER_TOKENS, [VersionSpan(self.version, 0, ANSWER_TOKENS)]
         return [Sample(list(tokens), [-1.0] * ANSWER_TOKENS, list(spans), "length") for _ in range(count)]
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         return [-1.0] * (len(token_ids) - 1)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(running=self._running, waiting=self._asked - self._running)
 
     async def abort(self, request_id: str) -> None:
         return None

@@ -133,7 +133,8 @@ class RlConfig(Section, ABC):
 
     @model_validator(mode="after")
     def _refill_needs_drops(self) -> RlConfig:
-        if "max_refill" in self.model_fields_set and not self.drop_zero_variance:
+        changed = self.max_refill != RlConfig.model_fields["max_refill"].default
+        if changed and not self.drop_zero_variance:
             raise ValueError("max_refill belongs to drop_zero_variance: true (else no group is left out)")
         return self
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_rl.types import Prompt, PromptGroup, Sampling, TrainSample
+from hpc_rl.types import EngineLoad, Prompt, PromptGroup, Sampling, TrainSample
 
 
 def inbox(role: str, index: int = 0) -> str:
@@ -228,7 +228,7 @@ class Generate(_Message):
     group_size: int
     sampling: Sampling
     purpose: str = "train"  # train | eval
-    tag: str = ""  # of an evaluation, given back
+    tag: str = ""  # of this hand-out, given back
 
 
 class ReceiveWeights(_Message):
@@ -254,6 +254,7 @@ class GroupDone(_Message):
     tag: str
     group: PromptGroup
     metrics: dict[str, float] = {}
+    load: EngineLoad | None = None  # of the engine, now
 
 
 class GroupFailed(_Message):

@@ -141,10 +141,31 @@ class PreparedStep:
         return self.commands[0].denominator == 0
 
     @classmethod
-    def of(cls, step: int, groups: list[PromptGroup], options: BatchOptions) -> PreparedStep:
+    def of(
+        cls,
+        step: int,
+        groups: list[PromptGroup],
+        options: BatchOptions,
+        *,
+        dropped: Sequence[PromptGroup] = (),
+    ) -> PreparedStep:
+        """`dropped` were generated and teach nothing: they count in the means of rewards and lengths."""
         samples = make_samples(groups, options)
-        signal = groups_with_signal(groups, samples)
-        return cls(step, train_steps(step, samples, options), rollout_metrics(groups, step - 1, signal))
+        everything = [*groups, *dropped]
+        signal = groups_with_signal(everything, samples)
+        metrics = {**rollout_metrics(everything, step - 1, signal), "rollout/groups": float(len(groups))}
+        return cls(step, train_steps(step, samples, options), metrics | staleness(groups, step - 1))
+
+
+def staleness(groups: Sequence[PromptGroup], version: int) -> dict[str, float]:
+    """How many versions older than `version` the oldest token of each trajectory is."""
+    stale = np.array([version - t.oldest_version for group in groups for t in group.trajectories])
+    if not len(stale):
+        return {}
+    return {
+        "rollout/staleness_mean": float(stale.mean()),
+        "rollout/staleness_max": float(stale.max()),
+    }
 
 
 def groups_with_signal(groups: list[PromptGroup], samples: list[TrainSample]) -> list[bool]:
@@ -163,7 +184,6 @@ def rollout_metrics(
         return {}
     rewards = np.array([t.reward for t in trajectories])  # NaN: could not be scored
     lengths = np.array([len(t.token_ids) for t in trajectories])
-    stale = np.array([version - t.oldest_version for t in trajectories])
     if signal is None:
         signal = [has_signal(raw_rewards(group)) for group in groups]
     metrics = {
@@ -173,11 +193,10 @@ def rollout_metrics(
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated": float(np.mean([t.finish == "length" for t in trajectories])),
-        "rollout/staleness_mean": float(stale.mean()),
-        "rollout/staleness_max": float(stale.max()),
         "rollout/zero_variance_groups": 1.0 - float(np.mean(signal)),
         "rollout/tokens": float(lengths.sum()),
         "rollout/groups": float(len(groups)),
+        **staleness(groups, version),
     }
     for name in sorted({name for t in trajectories for name in t.rewards}):
         scores = [t.rewards[name] for t in trajectories if name in t.rewards]

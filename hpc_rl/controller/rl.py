@@ -1,8 +1,8 @@
 """RL: prompts out, trajectories in, advantages, steps, new weights to the replicas, without waiting.
 
 The loop has no phases. Whenever a message arrives or a second passes, `advance` starts all that can start:
-hand prompts to replicas with room (bounded by staleness, `window.py`), send the next step to the policy
-when its prompts are all there, push weights after a step. Generation, training and pushing overlap.
+hand prompts to replicas with room (`generation.py`, bounded by staleness: `window.py`), send the next step to
+the policy when its prompts are there, push weights after a step. Generation, training and pushing overlap.
 
 Order at a step boundary, as the policy's inbox sees it: SaveCheckpoint(s), PushWeights(s), TrainStep(s+1).
 """
@@ -18,21 +18,21 @@ from hpc_rl.controller.base import Controller
 from hpc_rl.controller.batch import BatchOptions, PreparedStep
 from hpc_rl.controller.evaluation import Evaluator
 from hpc_rl.controller.evaluation_turn import EvaluationTurn
+from hpc_rl.controller.generation import Generation
 from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
-from hpc_rl.controller.prompts import PromptSource, prompt_seed
+from hpc_rl.controller.prompts import PromptSource
 from hpc_rl.controller.pushes import Pushes
 from hpc_rl.controller.scoring import ScoringGroups
+from hpc_rl.controller.shares import Share
 from hpc_rl.controller.signal_watch import SignalWatch
 from hpc_rl.controller.state import read_state, write_state
-from hpc_rl.controller.window import PromptWindow
+from hpc_rl.controller.window import ORDERS, Chosen
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.roles import RoleProcess
 from hpc_rl.run.ledger import PromptLedger
-from hpc_rl.types import PromptGroup, Sampling
 
 LOG = logging.getLogger("hpc_rl.controller")
-GENERATE_LIMIT_S = 1800.0
 EMPTY_STEPS_LIMIT = 10
 
 
@@ -55,24 +55,26 @@ class RlController(Controller):
             timeout_s=self.rollout.weights.timeout_s,
         )
         self.scoring = ScoringGroups(self.members, role.bus.send)
-        self.batch: dict[int, tuple[list[PromptGroup], dict[int, str], dict[str, float]]] = {}
+        self.batch: dict[int, tuple[Chosen, dict[str, float]]] = {}
         self.prepared: PreparedStep | None = None
         self.signal = SignalWatch()
         self.empty_steps = 0  # in a row
-        self.last_group = time.monotonic()
-        self.idle_since: float | None = None
+        self.policy_idle = Share()
         self.stepped = time.monotonic()
 
     # --- start and restore ------------------------------------------------------------------------
     def begin(self, step: int, info: dict[str, str]) -> None:
         recipe, base = self.recipe, self.run_dir.root
-        self.stepped = time.monotonic()  # what came before was loading
+        self.stepped, self.policy_idle = time.monotonic(), Share()  # what came before was loading
         self.source = PromptSource(recipe.data.train, base=base, seed=recipe.seed)
         per_step = recipe.policy.batch_size // self.algorithm.group_size
-        total = (recipe.policy.steps or 0) * per_step
-        if recipe.policy.epochs:
-            total = recipe.policy.epochs * len(self.source)
-        self.window = PromptWindow(per_step, self.algorithm.max_staleness, total)
+        self.window = ORDERS[self.rollout.order](
+            per_step,
+            self.algorithm.max_staleness,
+            recipe.policy.epochs * len(self.source) if recipe.policy.epochs else None,
+            total_steps=recipe.policy.steps or 0,
+            max_refill=self.algorithm.max_refill if self.algorithm.drop_zero_variance else 0.0,
+        )
         self.total_steps = self.window.total_steps
         mesh = self.plan.mesh
         self.packing = BatchOptions.of(
@@ -85,6 +87,15 @@ class RlController(Controller):
         )
         self.evaluator = self._make_evaluator(base)
         self.recorder = make_recorder(self.role, self.total_steps, restored=step)
+        self.generation = Generation(
+            recipe,
+            self.algorithm,
+            self.members,
+            self.window,
+            self.source,
+            send=lambda index, message: self.role.bus.send(m.inbox("rollout", index), message),
+            tell=self.events.append,
+        )
         if step > 0:
             folder = self.run_dir.checkpoint(step) / "controller"
             read_state(folder, step, self.window, self.source, self.evaluator, self.recorder)
@@ -118,34 +129,32 @@ class RlController(Controller):
                     self.scoring.introduce(replica)
             case m.ScoringReady():
                 self.scoring.ready(message)
-            case m.GroupDone():
-                self.group_done(message)
-            case m.GroupFailed():
-                self.group_failed(message)
+            case m.GroupDone() | m.GroupFailed():
+                self.group_answered(message)
             case m.WeightsApplied():
                 self.pushes.applied(message)
+                self._members_changed()
             case m.WeightsFailed():
                 self.pushes.failed(message)
             case m.WeightsPushed():
                 self.pushes.reported(message)
+                self._members_changed()
             case _:
                 super().handle_other(message)
 
-    def group_done(self, message: m.GroupDone) -> None:
-        self.last_group = time.monotonic()
+    def group_answered(self, message: m.GroupDone | m.GroupFailed) -> None:
+        self.generation.answered(message)
         if message.purpose == "eval":
             self.eval_answer(message)
+        elif isinstance(message, m.GroupDone):
+            self.generation.done(message)
         else:
-            ordinal = message.group.prompt.ordinal
-            self.window.finish(ordinal, message.replica, message.incarnation, message.group)
+            self.generation.failed(message)
 
-    def group_failed(self, message: m.GroupFailed) -> None:
-        self.last_group = time.monotonic()
-        if message.purpose == "eval":
-            self.eval_answer(message)
-        elif self.window.drop(message.ordinal, message.replica, message.incarnation, message.cause):
-            LOG.warning("prompt %d dropped: %s", message.ordinal, message.cause)
-            self.events.append("prompt_dropped", ordinal=message.ordinal, reason=message.cause)
+    def _members_changed(self) -> None:
+        """A replica became live, has new weights or is receiving some."""
+        if self.started:
+            self.generation.dispatch.changed()
 
     def eval_answer(self, message: m.GroupDone | m.GroupFailed) -> None:
         assert self.recorder is not None
@@ -165,9 +174,7 @@ class RlController(Controller):
         if not self.started:
             return
         self.pushes.settle()
-        again = self.window.give_back(replica.index)
-        self.evaluator.give_back(replica.index)
-        LOG.warning("%s: %d prompts are handed out again", replica.name, len(again))
+        self.generation.lost(replica, self.evaluator)
 
     # --- decisions --------------------------------------------------------------------------------
     def advance(self) -> None:
@@ -177,9 +184,10 @@ class RlController(Controller):
             self.turn.begin_if_ready()
         self._push_if_useful()
         self._train_if_ready()  # before the prompts: the policy waits for it
-        self._hand_out()
+        if not self.ending_early():
+            self.generation.hand_out(self.evaluator)
         self._prepare()
-        self._check_generation()
+        self.generation.check()
 
     def _accept_first_weights(self) -> None:
         """At step 0 a freshly loaded engine has the recipe's weights: that is version 0. Not so where the
@@ -192,6 +200,7 @@ class RlController(Controller):
                 replica.version = 0
                 replica.enter("live")
                 self.pushes.newest = max(self.pushes.newest, 0)
+                self._members_changed()
 
     def _push_if_useful(self) -> None:
         """Between steps, when a replica is behind, no push is under way and no evaluation needs peace."""
@@ -201,76 +210,39 @@ class RlController(Controller):
         needed = self.step < self.total_steps or self.turn.version == self.step
         if self.turn.allows_push(self.step) and needed and (behind := self.pushes.behind(self.step)):
             self.pushes.begin(self.step, behind)
-
-    def _hand_out(self) -> None:
-        if self.ending_early():
-            return
-        while True:
-            replica = self._least_loaded()
-            if replica is None or replica.version is None:
-                return
-            loaded = bool(self.window.in_flight)
-            request = self.evaluator.next_request(replica.index, replica.incarnation)
-            if request is None:
-                ordinal = self.window.admit(replica.version)
-                if ordinal is None:
-                    return
-                self.window.hand_out(ordinal, replica.index, replica.incarnation)
-                request = self._request(ordinal)
-            if not loaded:
-                self.last_group = time.monotonic()  # the clock of `_check_generation` starts now
-            self.role.bus.send(m.inbox("rollout", replica.index), request)
-
-    def _least_loaded(self) -> Replica | None:
-        """The live replica with the fewest prompt groups in flight, if it has room; newest weights first."""
-        loads = dict.fromkeys(self.members.replicas, 0)
-        owners = list(self.window.in_flight.values())
-        if self.evaluator.current is not None:
-            owners += list(self.evaluator.current.in_flight.values())
-        for index, _ in owners:
-            loads[index] += 1
-        live = [
-            r
-            for r in self.members.replicas.values()
-            if r.state == "live" and not r.receiving and loads[r.index] < self.rollout.max_in_flight
-        ]
-        return min(live, key=lambda r: (loads[r.index], -(r.version or 0), r.index), default=None)
-
-    def _request(self, ordinal: int) -> m.Generate:
-        sampling = Sampling(
-            temperature=self.algorithm.temperature,
-            top_p=self.algorithm.top_p,
-            max_tokens=self.rollout.max_tokens,
-            seed=prompt_seed(self.recipe.seed, "train", ordinal),
-        )
-        return m.Generate(self.source.prompt(ordinal), self.algorithm.group_size, sampling)
+            self._members_changed()
 
     def _prepare(self) -> None:
         """Pack the next step as soon as its prompts are there, while the policy is still busy."""
-        step = self.commanded + 1
-        if self.prepared is None and step <= self.total_steps and self.window.ready(step):
-            self.prepared = PreparedStep.of(step, self.window.groups(step), self.packing)
+        if self.prepared is None and self.window.ready():
+            chosen = self.window.reserve()
+            self.prepared = PreparedStep.of(
+                chosen.step, chosen.groups, self.packing, dropped=chosen.dropped_groups
+            )
 
     def _train_if_ready(self) -> None:
-        idle = self.step == self.commanded
-        if idle and self.idle_since is None:
-            self.idle_since = time.monotonic()
-        if not idle or self.ending or self._must_push_first():
+        if self.step != self.commanded or self.ending or self._must_push_first():
             return
         self._prepare()
         if self.prepared is None:
             return
         ready, self.prepared = self.prepared, None
+        chosen = self.window.ahead
+        assert chosen is not None and chosen.step == ready.step
         for rank, command in enumerate(ready.commands):
             self.role.bus.send(m.inbox("policy", rank), command)
-        groups, drops = self.window.take(ready.step)
-        self._check_empty(ready, drops)
-        waited = time.monotonic() - self.idle_since if self.idle_since else 0.0
-        metrics = {**ready.metrics, "time/policy_wait_s": waited}
-        metrics["rollout/dropped"] = float(len(drops))
-        metrics["rollout/in_flight"] = float(len(self.window.in_flight))
-        self.batch[ready.step] = (groups, drops, metrics)
-        self.commanded, self.idle_since, self.last_progress = ready.step, None, time.monotonic()
+        self.window.commit()
+        self.policy_idle.add(1.0)
+        self._check_empty(ready, chosen.drops)
+        metrics = {**ready.metrics, **self.generation.metrics()}
+        metrics["rollout/dropped"] = float(len(chosen.drops))
+        metrics["rollout/refilled"] = float(chosen.refilled)
+        self.batch[ready.step] = (chosen, metrics)
+        self.commanded, self.last_progress = ready.step, time.monotonic()
+        if self.window.over:  # with epochs, dropped prompts that were replaced make fewer steps
+            self.total_steps = ready.step
+            assert self.recorder is not None
+            self.recorder.total = ready.step
 
     def _check_empty(self, ready: PreparedStep, drops: dict[int, str]) -> None:
         """One step without a token to train on is bad luck; several in a row are a mistake somewhere."""
@@ -296,9 +268,12 @@ class RlController(Controller):
 
     def step_done(self, message: m.StepDone) -> None:
         assert self.recorder is not None
-        groups, drops, metrics = self.batch.pop(message.step)
-        now = time.monotonic()
+        chosen, metrics = self.batch.pop(message.step)
+        groups, now = chosen.groups, time.monotonic()
+        self.policy_idle.add(0.0)
         metrics |= {**message.metrics, "time/train_s": message.seconds, "time/step_s": now - self.stepped}
+        metrics["time/policy_idle"] = self.policy_idle.take()
+        metrics["time/policy_wait_s"] = metrics["time/policy_idle"] * metrics["time/step_s"]
         if warning := self.signal.step(metrics):
             LOG.warning("step %d: %s", message.step, warning)
             self.events.append("no_signal", step=message.step)
@@ -309,7 +284,7 @@ class RlController(Controller):
         self.ledger.append(
             message.step,
             [group.prompt.ordinal for group in groups],
-            drops,
+            chosen.drops,
             rows=[group.prompt.row for group in groups],
             epochs=sorted({group.prompt.epoch for group in groups}),
             replicas=sorted({t.replica for group in groups for t in group.trajectories}),
@@ -326,18 +301,6 @@ class RlController(Controller):
                 self.saves.best.expect(message.step)
             self.saves.save(message.step)
 
-    def _check_generation(self) -> None:
-        """Prompts in flight that never come back end the attempt, with the replicas named."""
-        waiting = dict(self.window.in_flight)
-        if self.evaluator.current is not None:
-            waiting |= {-1 - index: owner for index, owner in self.evaluator.current.in_flight.items()}
-        if not waiting or time.monotonic() - self.last_group < GENERATE_LIMIT_S:
-            return
-        who = sorted({f"rollout {index}" for index, _ in waiting.values()})
-        raise AttemptFailed(
-            f"no answer for {GENERATE_LIMIT_S:.0f} s from {', '.join(who)} ({len(waiting)} prompts)"
-        )
-
     # --- the end ----------------------------------------------------------------------------------
     def ending_early(self) -> bool:
         return self.ending is not None and self.ending[0] != 0
@@ -350,6 +313,7 @@ class RlController(Controller):
 
     def tick(self) -> None:
         super().tick()
+        self._members_changed()  # whatever else there may be
         overdue = self.pushes.overdue()
         if overdue:
             raise AttemptFailed(overdue)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpc_rl.recipe.extensions import registry
-from hpc_rl.types import Sampling, VersionSpan
+from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 
 
 class EngineError(RuntimeError):
@@ -113,6 +113,10 @@ class Engine(Protocol):
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of `token_ids[1:]` under the present weights at temperature 1."""
+        ...
+
+    def load(self) -> EngineLoad:
+        """How full the engine is; by it the controller finds how many prompt groups to keep in flight."""
         ...
 
     async def abort(self, request_id: str) -> None:

@@ -140,7 +140,10 @@ class Worker:
     # --- generation --------------------------------------------------------------------------------
     async def _group(self, request: m.Generate) -> None:
         assert self.runner is not None
-        await self._send(await self.runner.answer(request))
+        answer = await self.runner.answer(request)
+        if isinstance(answer, m.GroupDone):
+            answer.load = self.engine.load()
+        await self._send(answer)
 
     # --- weights -----------------------------------------------------------------------------------
     async def _receive_weights(self, version: int) -> None:

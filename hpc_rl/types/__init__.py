@@ -4,6 +4,7 @@ Every type here is a `msgspec.Struct`: it encodes to msgpack, decodes with a typ
 imports neither torch nor numpy, so the command line and the controller stay light.
 """
 
+from hpc_rl.types.load import EngineLoad
 from hpc_rl.types.trajectory import (
     BlobRef,
     Prompt,
@@ -16,6 +17,7 @@ from hpc_rl.types.trajectory import (
 
 __all__ = [
     "BlobRef",
+    "EngineLoad",
     "Prompt",
     "PromptGroup",
     "Sampling",

@@ -43,7 +43,8 @@ def make_controller(run: RunDir, attempt: int = 1, **sections: Any) -> SftContro
     )
     mesh = SimpleNamespace(world_size=1, dp_replicate=1, dp_shard=1, tp=1, pp=1, cp=1)
     role: Any = SimpleNamespace(
-        recipe=recipe, plan=SimpleNamespace(mesh=mesh), run_dir=run, attempt=attempt, bus=SentMessages(),
+        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[]), run_dir=run, attempt=attempt,
+        bus=SentMessages(),
         phase=lambda *_: None,
     )  # fmt: skip
     controller = SftController(role)

@@ -42,6 +42,7 @@ def make_controller(
     checkpoint: dict[str, Any] | None = None,
     algorithm: dict[str, Any] | None = None,
     evaluation: dict[str, Any] | None = None,
+    order: str = "deadline",
 ) -> RlController:
     run = RunDir.create(folder, "simulated")
     data = {"format": "prompt_answer", "prompt": "prompt", "answer": "answer"}
@@ -62,7 +63,7 @@ def make_controller(
             },
             "reward": [{"name": "exact"}],
             "policy": {"batch_size": PROMPTS_PER_STEP * GROUP_SIZE, "steps": steps},
-            "rollout": {"replicas": replicas, "max_in_flight": 8},
+            "rollout": {"replicas": replicas, "max_in_flight": 8, "order": order},
             "checkpoint": {"export": "off", **(checkpoint or {"enabled": False})},
             "eval": {"every": 2, "before": before, **(evaluation or {})},
             "logging": {"wandb": {"mode": "off"}},
@@ -70,7 +71,8 @@ def make_controller(
     )
     mesh = SimpleNamespace(world_size=1, dp_replicate=1, dp_shard=1, tp=1, pp=1, cp=1)
     role: Any = SimpleNamespace(
-        recipe=recipe, plan=SimpleNamespace(mesh=mesh), run_dir=run, attempt=1, bus=SentMessages(),
+        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[]), run_dir=run, attempt=1,
+        bus=SentMessages(),
         phase=lambda *_: None,
     )  # fmt: skip
     controller = RlController(role)

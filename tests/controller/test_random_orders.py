@@ -76,8 +76,8 @@ class Watching(Simulation):
 
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_evaluations_leave_the_training_order_alone(tmp_path: Path, staleness: int) -> None:
-    """Prompts, seeds and order of a run with evaluations are those of one without; synchronously the policy
-    version of each prompt, too."""
+    """Prompts and seeds of a run with evaluations are those of one without; synchronously the order and the
+    policy version of each prompt, too."""
     asked, trained = [], []
     for name, evaluates in (("with", True), ("without", False)):
         controller = make_controller(
@@ -97,7 +97,8 @@ def test_evaluations_leave_the_training_order_alone(tmp_path: Path, staleness: i
         asked.append(seeds if staleness == 0 else [pair[:2] for pair in seeds])
         trained.append(simulation.trained)
     assert asked[0] == asked[1]
-    assert trained[0] == trained[1]
+    if staleness == 0:  # else the order is that of the answers
+        assert trained[0] == trained[1]
 
 
 def test_the_best_checkpoint_is_chosen_by_the_metric_and_mode_of_the_recipe(tmp_path: Path) -> None:

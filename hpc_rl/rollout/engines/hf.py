@@ -20,7 +20,7 @@ import torch
 
 from hpc_rl.rollout.engine import EngineError, EngineSettings, Sample, WeightReport, prompt_room
 from hpc_rl.rollout.engines.config import HfOptions
-from hpc_rl.types import Sampling, VersionSpan
+from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 from hpc_rl.weights.adapter import Factors, read_adapter
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
 from hpc_rl.weights.protocol import Channel, Receiver, WeightTransferError
@@ -76,7 +76,7 @@ class HfEngine:
         self._boundary = _Boundary()
         self._channel: Channel | None = None
         self._aborted: set[str] = set()
-        self._waiting: set[str] = set()
+        self._waiting: dict[str, int] = {}  # request -> answers; the first is being generated
         self._broken = ""
         self._base = ""  # fingerprint of the model's files, and the weights of adapted layers as loaded
         self._loaded: dict[str, torch.Tensor] = {}
@@ -121,7 +121,7 @@ class HfEngine:
 
     async def close(self) -> None:
         self._boundary.open()
-        self._aborted |= self._waiting
+        self._aborted |= self._waiting.keys()
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._channel is not None:
             self._channel.close()
@@ -134,14 +134,14 @@ class HfEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
     ) -> list[Sample]:
         room = prompt_room(prompt_ids, self.max_model_len, self.vocab_size)
-        self._waiting.add(request_id)
+        self._waiting[request_id] = count
         try:
             samples: list[Sample] = await self._in_thread(
                 self._generate, list(prompt_ids), sampling, count, min(sampling.max_tokens, room), request_id
             )
             return samples
         finally:
-            self._waiting.discard(request_id)
+            self._waiting.pop(request_id, None)
             self._aborted.discard(request_id)
 
     @torch.inference_mode()
@@ -221,6 +221,10 @@ class HfEngine:
             logits = self._model(input_ids=ids).logits[0, :-1].float()
         log_probs = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
         return [float(value) for value in log_probs]
+
+    def load(self) -> EngineLoad:
+        counts = list(self._waiting.values())
+        return EngineLoad(running=sum(counts[:1]), waiting=sum(counts[1:]))
 
     async def abort(self, request_id: str) -> None:
         if request_id in self._waiting:

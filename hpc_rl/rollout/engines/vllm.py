@@ -30,7 +30,7 @@ from hpc_rl.rollout.engine import (
     prompt_room,
 )
 from hpc_rl.rollout.engines.config import VllmOptions
-from hpc_rl.types import Sampling, VersionSpan
+from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 from hpc_rl.weights.names import local_folder
 from hpc_rl.weights.protocol import WeightTransferError
 from hpc_rl.weights.sender import group_prefix
@@ -39,6 +39,8 @@ from hpc_rl.weights.transports import load_transport
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
+
+    from hpc_rl.rollout.engines.vllm_meter import Meter
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +162,7 @@ class VllmEngine:
         self._broken = ""
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self._base = ""  # fingerprint of the model's files, where an adapter belongs to them
+        self._meter: Meter | None = None
         self._request: dict[str, Any] = {}  # what each request says besides prompt and sampling
 
     async def start(self) -> None:
@@ -173,7 +176,15 @@ class VllmEngine:
 
         if self.settings.adapter is not None:
             self._base = await asyncio.to_thread(base_fingerprint, self.settings)
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self.settings)))
+        from hpc_rl.rollout.engines.vllm_meter import Meter
+
+        def meter(config: Any, index: int = 0) -> Meter:
+            self._meter = Meter(config, index)
+            return self._meter
+
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**engine_arguments(self.settings)), stat_loggers=[meter]
+        )
         config = self._llm.vllm_config.model_config
         self.vocab_size = config.get_vocab_size()
         self.max_model_len = config.max_model_len
@@ -220,6 +231,9 @@ class VllmEngine:
         if output is None:
             raise EngineError(f"vLLM gave no output for request {request_id}")
         return output
+
+    def load(self) -> EngineLoad:
+        return self._meter.load if self._meter is not None else EngineLoad()
 
     async def abort(self, request_id: str) -> None:
         await self._llm.abort(request_id)
