@@ -76,6 +76,19 @@ def wrap(
     return conversation
 
 
+def row_has_media(row: dict[str, Any], spec: DatasetSpec) -> bool:
+    """Whether a column of the row holds images or videos."""
+    return bool(_listed(row, spec.images, "image") or _listed(row, spec.videos, "video"))
+
+
+def with_media(messages: list[Message], row: dict[str, Any], spec: DatasetSpec, where: str) -> Conversation:
+    """Messages that are a prompt, with the media of the row's columns. Raises DataError."""
+    conversation = Conversation([dict(message) for message in messages])
+    _attach_media(conversation, row, spec, where)
+    repair(conversation, spec)
+    return conversation
+
+
 def as_messages(text: str, spec: DatasetSpec) -> list[Message]:
     """A prompt text as chat messages, with the recipe's `system` text in front."""
     system = [{"role": "system", "content": spec.system}] if spec.system is not None else []

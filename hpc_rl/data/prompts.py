@@ -9,8 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hpc_rl.data.chat import CHAT_FORMATS, ROLES, Conversation, as_messages, conversation_of, wrap
+from hpc_rl.data.chat import (
+    CHAT_FORMATS,
+    ROLES,
+    Conversation,
+    as_messages,
+    conversation_of,
+    with_media,
+    wrap,
+)
 from hpc_rl.data.errors import DataError
+from hpc_rl.data.prompt_rows import MediaRow, conversation_row, has_parts
 from hpc_rl.data.templates import ChatTemplate
 from hpc_rl.data.turns import renderings
 from hpc_rl.recipe.schema import DatasetSpec
@@ -30,11 +39,23 @@ def prompt_of(
     `content` is a list of chat messages when the row holds a chat, when `spec.chat` is true or a
     `system` text is given; otherwise a string, which whoever tokenises wraps as one user message
     if `spec.chat` is null and the tokenizer has a chat template. `answer` is the verifiable answer
-    (the reference completion for `prompt_completion` and `chat`). `fields` are the other columns
-    that can travel in a message; images and bytes are left out. Raises DataError, starting with
-    `where`, if a column is missing or of the wrong kind.
+    (the reference completion for `prompt_completion` and `chat`, the last answer of a conversation).
+    `fields` are the other columns that can travel in a message; images and bytes are left out. Where a
+    row has media, `content` has their places alone (`media_row` has them). Raises DataError, starting
+    with `where`, if a column is missing or of the wrong kind.
     """
     where = where or spec.path
+    found = media_row(row, spec, where)
+    if found is not None:
+        fields = {key: value for key, value in row.items() if key not in found.used and is_plain(value)}
+        return found.conversation.messages, found.answer, fields
+    return _text_prompt(row, spec, where)
+
+
+def _text_prompt(
+    row: dict[str, Any], spec: DatasetSpec, where: str
+) -> tuple[Content, str | None, dict[str, Any]]:
+    """`prompt_of` for a row without media."""
     if spec.format == "chat":
         messages, answer = _split_chat(row, spec, where)
         used = {spec.messages}
@@ -55,6 +76,32 @@ def prompt_of(
     return content, answer, fields
 
 
+def media_row(row: dict[str, Any], spec: DatasetSpec, where: str = "") -> MediaRow | None:
+    """A row with images or videos, or of a format that may have some, as a prompt; None for other rows.
+
+    Raises DataError.
+    """
+    where = where or spec.path
+    if spec.format in ("llava", "cosmos_reason1"):
+        return conversation_row(row, spec, where)
+    if not has_parts(row, spec):
+        return None
+    if spec.format == "chat":
+        return conversation_row(row, spec, where)
+    used, answer = {spec.images, "image", spec.videos, "video"}, None
+    if spec.format == "text":
+        text = _prompt_text(row, spec, spec.text, where)
+        used.add(spec.text)
+    else:
+        column = spec.answer if spec.format == "prompt_answer" else spec.completion
+        text = _prompt_text(row, spec, spec.prompt, where)
+        answer = _as_text(_column(row, column, where), column, where)
+        used |= {spec.prompt, column}
+    if spec.chat is False:
+        raise DataError(f"{where} has images or videos, which only a chat template places: drop chat: false")
+    return MediaRow(with_media(as_messages(text, spec), row, spec, where), answer, frozenset(used))
+
+
 def completion_of(row: dict[str, Any], spec: DatasetSpec, where: str = "") -> tuple[Content, str | None]:
     """`(content, completion)` of one row for SFT: the loss is on the completion.
 
@@ -69,7 +116,7 @@ def completion_of(row: dict[str, Any], spec: DatasetSpec, where: str = "") -> tu
         if answer is None:
             raise DataError(f"{where}: column {spec.messages!r} must end with an assistant message to learn")
         return messages, answer
-    content, answer, _ = prompt_of(row, spec, where)
+    content, answer, _ = _text_prompt(row, spec, where)
     return content, answer
 
 
@@ -95,7 +142,11 @@ def check_rows(
         if sft:
             check_sft_row(rows[index], spec, where, template, seen)
         else:
-            _, answer, fields = prompt_of(rows[index], spec, where)
+            row = rows[index]
+            _, answer, fields = prompt_of(row, spec, where)
+            found = media_row(row, spec, where)
+            if found is not None and seen is not None:
+                seen(found.conversation, where)
             problem = lacking(answer, fields) if lacking is not None else None
             if problem is not None:
                 raise DataError(f"{where}: {problem}")

@@ -57,6 +57,8 @@ class ModelAdapter(Protocol):
 
     module: nn.Module
     folder: Path
+    placeholders: frozenset[int]
+    """Tokens that stand for a medium; none in a model of text alone."""
 
     def logits(
         self,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +12,8 @@ import torch.distributed as dist
 from hpc_rl.catalog.facts import max_position
 from hpc_rl.data.media import MediaFiles
 from hpc_rl.data.multimodal import Multimodal
-from hpc_rl.data.rows import Rows, find_path, load_rows
+from hpc_rl.data.prompt_media import data_folder
+from hpc_rl.data.rows import Rows, load_rows
 from hpc_rl.models.base import ModelError
 from hpc_rl.models.hf.folder import load_processor, load_tokenizer, model_folder, read_config
 from hpc_rl.policy.sft_data import SftData
@@ -25,8 +23,6 @@ from hpc_rl.policy.step import Ranks
 from hpc_rl.recipe.schema import DatasetSpec, Recipe
 from hpc_rl.run.paths import RunDir
 from hpc_rl.types import TrainSample
-
-_RUN_ID = re.compile(r"^(\d{8}-\d{6})-")
 
 
 def open_sft_data(
@@ -100,7 +96,7 @@ def open_sources(
     recipe: Recipe, run_dir: RunDir, tokenizer: Any, processor: Any = None
 ) -> tuple[RowSource, RowSource | None]:
     """`(training rows, validation rows)` of a recipe; archives of media are unpacked. Raises DataError."""
-    data, limit, today = recipe.data, length_limit(recipe), run_date(run_dir)
+    data, limit, today = recipe.data, length_limit(recipe), run_dir.made
 
     def source(rows: Rows, spec: DatasetSpec) -> RowSource:
         files = None
@@ -136,18 +132,3 @@ def blank_samples(processor: Any, spec: DatasetSpec) -> Callable[[int], TrainSam
         return TrainSample(-1, -1, one.token_ids, one.loss_mask, [], [], media=one.media)
 
     return blank
-
-
-def data_folder(spec: DatasetSpec, base: Path) -> Path | None:
-    """The folder of a data file (None for a data set of the Hub): where relative paths of media begin."""
-    path = find_path(spec.path, base)
-    return path if path is None or path.is_dir() else path.parent
-
-
-def run_date(run_dir: RunDir) -> datetime:
-    """When the run was made: what templates take for today, on every rank and in every attempt."""
-    named = _RUN_ID.match(run_dir.run_id)
-    if named is not None:
-        return datetime.strptime(named[1], "%Y%m%d-%H%M%S")
-    made = run_dir.plan if run_dir.plan.exists() else run_dir.root
-    return datetime.fromtimestamp(made.stat().st_mtime)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hpc_rl.data.encode import encode_prompt
 from hpc_rl.data.errors import DataError
+from hpc_rl.data.templates import ChatTemplate
 from hpc_rl.recipe.schema import DatasetSpec
 from hpc_rl.rollout.engine import PromptError
 
@@ -20,6 +21,7 @@ class PromptCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._template = ChatTemplate.of_tokenizer(tokenizer)
 
     @classmethod
     def load(cls, path: str, revision: str | None, trust_remote_code: bool) -> PromptCodec:
@@ -29,10 +31,20 @@ class PromptCodec:
             AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         )
 
-    def encode(self, content: str | list[dict[str, Any]], spec: DatasetSpec) -> list[int]:
-        """Token ids of a prompt. Raises PromptError where a chat template is missing or refuses."""
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
+    def encode(
+        self, content: str | list[dict[str, Any]], spec: DatasetSpec, tools: list[Any] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, whose chat template is given `tools`.
+
+        Raises PromptError where a chat template is missing or refuses."""
         try:
-            return self._once(encode_prompt(self._tokenizer, content, spec))
+            if isinstance(content, list) and self._template is not None:
+                content = self._template.prepared(content)  # templates of vision models may print parts alone
+            return self._once(encode_prompt(self._tokenizer, content, spec, tools))
         except DataError as error:
             raise PromptError(str(error)) from error
 
@@ -57,10 +69,13 @@ class PromptCodec:
 
 
 def prompt_text(content: str | list[dict[str, Any]]) -> str:
-    """What rewards are told of a prompt: its text, or that of the last user message."""
+    """What rewards are told of a prompt: its text, or that of the last user message (without media)."""
     if isinstance(content, str):
         return content
     for message in reversed(content):
-        if message.get("role") == "user" and isinstance(message.get("content"), str):
-            return str(message["content"])
+        if message.get("role") != "user":
+            continue
+        told = message.get("content") or ""
+        parts = [told] if isinstance(told, str) else [p["text"] for p in told if p.get("type") == "text"]
+        return "".join(parts)
     return ""

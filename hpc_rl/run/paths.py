@@ -13,9 +13,11 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 COMPLETE, BAD = "COMPLETE", "BAD"
+_RUN_ID = re.compile(r"^(\d{8}-\d{6})-")
 _STEP = re.compile(r"^step_(\d{8,})$")
 _PRIVATE = ("bus", "control", "secrets")
 _FOLDERS = ("code", "ledger", "logs", "checkpoints", "safetensors", "samples", "wandb", *_PRIVATE)
@@ -78,6 +80,15 @@ class RunDir:
     @property
     def run_id(self) -> str:
         return self.root.name
+
+    @property
+    def made(self) -> datetime:
+        """When the run was made: what templates take for today, in every role, rank and attempt."""
+        named = _RUN_ID.match(self.run_id)
+        if named is not None:
+            return datetime.strptime(named[1], "%Y%m%d-%H%M%S")
+        made = self.plan if self.plan.exists() else self.root
+        return datetime.fromtimestamp(made.stat().st_mtime)
 
     @property
     def recipe(self) -> Path:

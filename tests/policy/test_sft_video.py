@@ -81,6 +81,23 @@ def make_recipe(folder: Path, family: str, **policy: Any) -> Recipe:
     })  # fmt: skip
 
 
+def published_positions(inputs: Any, merge: int, tokens_per_second: int) -> torch.Tensor:
+    """[3, 1, T] of a row with one clip, as Qwen2.5-VL was published (transformers 4.49, and vLLM): the text
+    behind the clip begins after the largest of its positions."""
+    (types,) = inputs["mm_token_type_ids"].tolist()
+    before, after = types.index(2), types[::-1].index(2)
+    ((frames, height, width),) = inputs["video_grid_thw"].tolist()
+    seconds = float(torch.as_tensor(inputs["second_per_grid_ts"])[0])
+    height, width = height // merge, width // merge
+    place = [(p, p, p) for p in range(before)]
+    for t in range(frames):
+        moment = before + int(t * seconds * tokens_per_second)
+        place += [(moment, before + h, before + w) for h in range(height) for w in range(width)]
+    begin = max(max(p) for p in place) + 1
+    place += [(p, p, p) for p in range(begin, begin + after)]
+    return torch.tensor(place).T[:, None]
+
+
 def plain_loss(recipe: Recipe) -> float:
     """Transformers alone: each row by itself through the processor and the model, the loss on its answer."""
     folder = Path(recipe.model.path)
@@ -106,9 +123,15 @@ def plain_loss(recipe: Recipe) -> float:
             [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
         )
         inputs = made(text=[text], return_tensors="pt", add_special_tokens=False, **extra)
+        if "second_per_grid_ts" in inputs:
+            vision = model.config.vision_config
+            extra = {"position_ids": published_positions(
+                inputs, vision.spatial_merge_size, vision.tokens_per_second)}  # fmt: skip
+        else:
+            extra = {}
         learned = len(answer) + 1  # one token per character, and the end of the turn
         with torch.no_grad():
-            logits = model(**inputs).logits[0, -learned - 1 : -1]
+            logits = model(**inputs, **extra).logits[0, -learned - 1 : -1]
         targets = inputs["input_ids"][0, -learned:]
         total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         tokens += learned

@@ -8,6 +8,7 @@ tokens, and the model works the rest out itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,13 @@ PACKED: dict[str, PackedMedia] = {
     "qwen3_vl": PackedMedia(mrope=True),
     "qwen3_vl_moe": PackedMedia(mrope=True),
 }
+
+
+def placeholder_ids(config: Any) -> frozenset[int]:
+    """The tokens at which a model of this config reads an image or a video instead of the token."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = config.to_dict()
+    return frozenset(found[name] for name in names if isinstance(found.get(name), int))
 
 
 def packed_media(
@@ -124,11 +132,25 @@ def _rotary_positions(
     place = positions.expand(4, -1).clone()
     for one, (start, end) in zip(media, spans, strict=True):
         if one is not None:
-            grids = {name: value for name, value in one.items() if name not in PER_TOKEN}
-            row = slice(start, end)
-            own, _ = module.model.get_rope_index(ids[None, row], mm_token_type_ids=types[None, row], **grids)
-            place[1:, row] = own[:, 0]
+            place[1:, start:end] = rotary_positions(module, ids[start:end], types[start:end], one)
     return place.unsqueeze(1)
+
+
+def rotary_positions(module: Any, ids: Tensor, types: Tensor, media: Media) -> Tensor:
+    """[3, T]: time, height and width of the tokens of one sequence, by the model's `get_rope_index`.
+
+    What follows a medium begins after the largest of its positions, as Qwen2-VL and Qwen2.5-VL were trained
+    and vLLM has it. Transformers 5 begins after its height and width, so that text behind a long clip shares
+    positions with its frames.
+    """
+    grids = {name: value for name, value in media.items() if name not in PER_TOKEN}
+    found, _ = module.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **grids)
+    place: Tensor = found[:, 0]
+    ends = (torch.nonzero(types[1:] != types[:-1]).flatten() + 1).tolist()
+    for start, end in itertools.pairwise([0, *ends]):
+        missing = place[:, start:end].max() + 1 - place[:, end].min()
+        place[:, end:] += missing.clamp(min=0)
+    return place
 
 
 def _images_of(types: Tensor, spans: list[tuple[int, int]]) -> Tensor:

@@ -21,6 +21,7 @@ from hpc_rl.models.hf.folder import fingerprint, model_folder, weight_files
 from hpc_rl.models.hf.freeze import choose_trained
 from hpc_rl.models.hf.head import ChunkedHead, chunked_head
 from hpc_rl.models.hf.loading import load_weights, materialise, move_buffers, resolve_names
+from hpc_rl.models.hf.media import placeholder_ids
 from hpc_rl.models.hf.rows import (
     Leak,
     Rows,
@@ -55,6 +56,7 @@ class HfModel:
         self.folder = folder
         self.file_dtype = file_dtype
         self.sharded = sharded
+        self.placeholders = placeholder_ids(module.config)
 
     def logits(
         self,
