@@ -54,8 +54,9 @@ class CheckpointModel(HfModel):
         return self.tensors.read(unit)
 
 
-def export_checkpoint(run_dir: RunDir, step: int | None, out: Path) -> Path:
-    """Write the weights of the checkpoint of `step` (None: the newest complete one) to the folder `out`.
+def export_checkpoint(run_dir: RunDir, step: int | None, out: Path, *, merged: bool = False) -> Path:
+    """Write the weights of the checkpoint of `step` (None: the newest complete one) to the folder `out`;
+    with `merged` a whole model also where the run exports adapters alone.
 
     Raises ExportError when there is no such complete checkpoint or `out` exists already.
     """
@@ -69,6 +70,8 @@ def export_checkpoint(run_dir: RunDir, step: int | None, out: Path) -> Path:
     if out.exists():
         raise ExportError(f"{out} exists already; choose another folder")
     recipe = load_run(run_dir)
+    if merged and recipe.model.lora is not None:
+        recipe.model.lora.export = "merged"
     tensors = CheckpointTensors(run_dir.checkpoint(step) / "policy", recipe)
     source, export = _prepare(recipe, tensors, out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ MAY_CHANGE: dict[str, str] = {
     "rollout.weights.*": "how weights travel",
     "rollout.engine_options.*": "options of the rollout engine",
     "checkpoint.*": "when to save, how many to keep, what to export",
-    "eval.*": "when to evaluate",
+    "eval.*": "when and how to evaluate (not `only`, `checkpoint`)",
     "logging.*": "W&B",
 }
 
@@ -60,6 +60,8 @@ def refusals(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """key -> why, of everything that differs between two resolved recipes and may not."""
     differences = changes(old, new)
     found = {key: "" for key in differences if not may_change(key)}
+    only = "a run that trains and one that evaluates are two runs: `hpc-rl eval`"
+    found |= {key: only for key in ("eval.only", "eval.checkpoint") if key in differences}
     rows = "policy.micro_batch_tokens"
     if rows in differences and old.get("policy", {}).get("batch_tokens") is not None:
         found[rows] = "with policy.batch_tokens it says which sequences make a step"

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("logs", "Show the logs of a run."),
     "cancel": ("cancel", "End a run, at once or after a checkpoint."),
     "export": ("export", "Write a checkpoint as safetensors."),
+    "eval": ("eval", "Evaluate one checkpoint in a small job of its own."),
     "upload": ("upload", "Store checkpoints and exports in S3 or on the Hub."),
     "verify": ("verify", "Compare checkpoints with what was written."),
     "clean": ("clean", "Remove what a run no longer needs."),

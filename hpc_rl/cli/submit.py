@@ -82,12 +82,23 @@ def _dry_run(recipe: str, overrides: list[str], site: str | None, as_json: bool,
     """Plan, resolved recipe and script on stdout, no job; then what is wrong with the files, on stderr."""
     if not as_json:
         print(f"# dry run of {recipe}: nothing is written or submitted", flush=True)
+    from hpc_rl.cli._prepare import prepare
+
+    _show(prepare(recipe, overrides, site=site, here=here), as_json)
+
+
+def show_dry_run(prepared: Prepared, what: str, as_json: bool) -> None:
+    """The dry run of something that was prepared already."""
+    if not as_json:
+        print(f"# dry run of the {what}: nothing is written or submitted", flush=True)
+    _show(prepared, as_json)
+
+
+def _show(prepared: Prepared, as_json: bool) -> None:
     from hpc_rl.cli._checks import errors, tell_errors, tell_warnings
     from hpc_rl.cli._preflight import files_preflight
-    from hpc_rl.cli._prepare import prepare
     from hpc_rl.cli.errors import EXIT_USER_ERROR
 
-    prepared = prepare(recipe, overrides, site=site, here=here)
     run_dir = _future_run(prepared)
     if not as_json:
         _print_dry_run(prepared, run_dir)

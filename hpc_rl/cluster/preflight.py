@@ -128,7 +128,7 @@ def check_packages(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Finding
     if site.python is not None:
         return []  # another environment, maybe not even readable from here
     findings = []
-    needs = {"policy": ["torch", "transformers"]}
+    needs = {"policy": ["torch", "transformers"]} if loaded.recipe.has_policy else {}
     rollout = loaded.recipe.rollout
     if rollout is not None:
         needs["rollout"] = {"vllm": ["vllm"], "hf": ["torch", "transformers"]}.get(rollout.engine, [])
@@ -169,6 +169,8 @@ def check_extensions(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Findi
             used.append(("rewards", reward["name"], "rollout", ("reward", index, "name")))
     if recipe.simulator is not None:
         used.append(("simulators", recipe.simulator["name"], "rollout", ("simulator", "name")))
+    there = {group.role for group in plan.groups}
+    used = [member for member in used if member[2] in there]
     references = [(registry(kind).member(name).implementation, role, path) for kind, name, role, path in used]
     for index, reward in enumerate(recipe.reward):
         if reward["name"] == "python":

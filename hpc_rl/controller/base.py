@@ -40,7 +40,7 @@ class Controller(ABC):
     def __init__(self, role: RoleProcess) -> None:
         self.role, self.recipe, self.plan, self.run_dir = role, role.recipe, role.plan, role.run_dir
         self.events = EventLog(self.run_dir, role.attempt)
-        self.world_size = self.plan.mesh.world_size
+        self.world_size = self.plan.mesh.world_size if self.recipe.has_policy else 0
         self.members = Members(
             world_size=self.world_size,
             replicas=self.replicas,
@@ -259,7 +259,7 @@ class Controller(ABC):
 
     def still_here(self) -> list[tuple[str, int]]:
         running = [(r.role, r.index) for r in self.members.everyone() if r.state != "lost"]
-        expected = [("policy", 0), *running]
+        expected = [("policy", 0), *running] if self.world_size else running
         return [who for who in expected if who not in self.gone]
 
     def all_gone(self) -> bool:

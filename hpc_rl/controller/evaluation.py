@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hpc_rl.bus.messages import Generate, GroupDone, GroupFailed
-from hpc_rl.controller.prompts import prompt_seed
+from hpc_rl.controller.prompts import PromptSource, prompt_seed
 from hpc_rl.controller.scores import Answer, evaluation_metrics
-from hpc_rl.recipe.schema import Eval
+from hpc_rl.recipe.schema import Eval, Recipe
 from hpc_rl.types import Prompt, Sampling
 
 LOG = logging.getLogger("hpc_rl.controller")
@@ -134,3 +135,17 @@ class Evaluator:
             primary=self.primary,
             threshold=self.options.threshold,
         )
+
+
+def evaluator_of(recipe: Recipe, base: Path, *, keep_texts: bool = False) -> Evaluator:
+    """The evaluator of a recipe with rollouts; without `data.eval` it has no prompts. Raises DataError."""
+    assert recipe.rollout is not None
+    spec = recipe.data.eval
+    return Evaluator(
+        recipe.eval,
+        PromptSource(spec, base=base, seed=0).in_file_order() if spec is not None else [],
+        primary=str(recipe.reward[0]["name"]) if recipe.reward else "",
+        max_tokens=recipe.eval.max_tokens or recipe.rollout.max_tokens,
+        seed=recipe.seed,
+        keep_texts=keep_texts,
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from hpc_rl.bus import messages as m
 from hpc_rl.controller.base import Controller
 from hpc_rl.controller.batch import BatchOptions, PreparedStep
-from hpc_rl.controller.evaluation import Evaluator
+from hpc_rl.controller.evaluation import evaluator_of
 from hpc_rl.controller.evaluation_turn import EvaluationTurn
 from hpc_rl.controller.generation import Generation
 from hpc_rl.controller.members import AttemptFailed, Replica
@@ -85,7 +85,7 @@ class RlController(Controller):
             micro_batch_tokens=recipe.policy.micro_batch_tokens,
             micro_batch_size=recipe.policy.micro_batch_size,
         )
-        self.evaluator = self._make_evaluator(base)
+        self.evaluator = evaluator_of(recipe, base)
         self.recorder = make_recorder(self.role, self.total_steps, restored=step)
         self.generation = Generation(
             recipe,
@@ -102,17 +102,6 @@ class RlController(Controller):
         self.turn = EvaluationTurn(self.evaluator, self.recorder, self.members, self.pushes, self.events)
         if self.evaluator.due(step, self.total_steps):
             self.turn.expect(step)
-
-    def _make_evaluator(self, base: Path) -> Evaluator:
-        spec = self.recipe.data.eval
-        prompts = PromptSource(spec, base=base, seed=0).in_file_order() if spec else []
-        return Evaluator(
-            self.recipe.eval,
-            prompts,
-            primary=str(self.recipe.reward[0]["name"]),
-            max_tokens=self.recipe.eval.max_tokens or self.rollout.max_tokens,
-            seed=self.recipe.seed,
-        )
 
     def write_state(self, folder: Path, step: int) -> None:
         assert self.recorder is not None

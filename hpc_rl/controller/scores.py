@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from hpc_rl.types import Trajectory
 
@@ -29,6 +29,10 @@ class Answer:
     def of(cls, trajectory: Trajectory, *, with_text: bool) -> Answer:
         text = trajectory.text if with_text else ""
         return cls(trajectory.reward, trajectory.rewards, len(trajectory.token_ids), trajectory.finish, text)
+
+    def as_json(self) -> dict[str, object]:
+        reward = self.reward if math.isfinite(self.reward) else None
+        return {**asdict(self), "reward": reward}
 
     def score(self, name: str) -> float:
         """The score of the reward `name`; 0 without one."""

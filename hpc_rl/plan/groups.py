@@ -67,9 +67,11 @@ class Sizer:
     def groups(self) -> list[Group]:
         """Every group, in the order of the components."""
         groups = []
-        if self.recipe.cluster.controller.separate and self.placement == "het" and self.recipe.kind == "rl":
+        separate = self.recipe.cluster.controller.separate and not self.recipe.eval.only
+        if separate and self.placement == "het" and self.recipe.kind == "rl":
             groups.append(self._controller())
-        groups.append(self._policy())
+        if self.recipe.has_policy:
+            groups.append(self._policy())
         if self.recipe.rollout is not None:
             groups.append(self._rollout())
         groups += [self._scoring(role) for role in scoring_roles(self.recipe)]

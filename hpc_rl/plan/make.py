@@ -50,7 +50,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
         problems += _head_problems(loaded, facts) + _length_problems(loaded, facts)
         problems += _family_problems(loaded, facts)
         warnings += _family_warnings(facts)
-        if facts.parameters is not None:
+        if facts.parameters is not None and not recipe.eval.only:
             gpu_gb = site.gpus.memory_gb if any(group.gpus_per_task for group in groups) else None
             memory = estimate(recipe, facts.parameters, mesh, gpu_gb, facts.shapes)
             warnings += memory_warnings(recipe, memory)
@@ -67,7 +67,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
         groups=groups,
         mesh=mesh,
         prompts_per_step=recipe.policy.batch_size // group_size if recipe.kind == "rl" else 0,
-        total_steps=recipe.policy.steps,
+        total_steps=None if recipe.eval.only else recipe.policy.steps,
         memory=memory,
         lora_sync=lora,
         notes=[note] if note else [],
@@ -103,8 +103,11 @@ def resolve_recipe(loaded: LoadedRecipe, site: Site, plan: Plan) -> Recipe:
         root = site.paths.output_root
     recipe.output_root = os.path.abspath(Path(os.path.expandvars(root)).expanduser())
     recipe.cluster.template = recipe.cluster.template or site.template
+    if recipe.eval.only:  # there is nothing to save
+        recipe.checkpoint.enabled, recipe.checkpoint.export = False, "off"
+        recipe.checkpoint.upload_hub = recipe.checkpoint.upload_s3 = None
     if recipe.rollout is not None and recipe.rollout.weights.transport == "auto":
-        on_gpu = plan.group("policy").gpus_per_task > 0 and plan.group("rollout").gpus_per_task > 0
+        on_gpu = all(group.gpus_per_task > 0 for group in plan.groups if group.role in ("policy", "rollout"))
         recipe.rollout.weights.transport = "nccl" if on_gpu else "gloo"
     if recipe.rollout is not None and plan.lora_sync is not None:
         recipe.rollout.weights.lora = plan.lora_sync

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 
 from hpc_rl.bus import messages as m
+from hpc_rl.checkpoint.evaluated import use_checkpoint
 from hpc_rl.policy.trainer import Trainer, TrainerContext, make_trainer
 from hpc_rl.roles import RoleProcess
 from hpc_rl.telemetry.console import Pace, step_line
@@ -52,6 +53,7 @@ class PolicyLoop:
         role.register()
         role.phase("load", LOAD_LIMIT_S)
         began = time.monotonic()
+        use_checkpoint(role.recipe, role.run_dir, self.rank, LOAD_LIMIT_S)
         step = self.trainer.load()
         role.step = step
         role.log.info("loaded in %.1f s at step %d: %s", time.monotonic() - began, step, self.trainer.info())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from hpc_rl.catalog.limits import MAX_TEMPERATURE
@@ -9,7 +10,11 @@ from hpc_rl.recipe.messages import nearest
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.recipe.yaml_source import KeyPath
 
-_OF_LOSS = ("eval/loss", "eval/perplexity")
+_CHECKPOINT = re.compile(r"/checkpoints/step_[0-9]{8,}/?\Z")
+_OF_LOSS = {
+    "sft": ("eval/loss", "eval/perplexity"),
+    "preference": ("eval/loss", "eval/accuracy", "eval/margin"),
+}
 _OF_ANSWERS = ("eval/accuracy", "eval/reward_mean", "eval/length_mean", "eval/truncated", "eval/failed")
 _GENERATING = ("samples", "temperature", "top_p", "threshold", "max_tokens")
 
@@ -17,7 +22,7 @@ _GENERATING = ("samples", "temperature", "top_p", "threshold", "max_tokens")
 def metrics_of(recipe: Recipe) -> list[str]:
     """What an evaluation of this recipe measures, as far as a checkpoint can be chosen by it."""
     if recipe.kind != "rl":
-        return list(_OF_LOSS)
+        return list(_OF_LOSS[recipe.kind])
     rewards = [f"eval/{item.get('name')}" for item in recipe.reward]
     ks = [1 << power for power in range(recipe.eval.samples.bit_length())]
     return list(dict.fromkeys([*_OF_ANSWERS, *rewards, *(f"eval/pass@{k}" for k in ks)]))
@@ -38,6 +43,7 @@ def check_evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("eval", "best"), f"is {options.best!r}; without data.eval nothing is measured"
     if recipe.kind == "rl":
         yield from _sampling(recipe)
+    yield from _alone(recipe)
     allowed = metrics_of(recipe)
     if options.best is not None and options.best not in allowed:
         guess = nearest(options.best, allowed)
@@ -45,6 +51,23 @@ def check_evaluation(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
         yield ("eval", "best"), f"is {options.best!r}; must be one of {', '.join(allowed)}.{hint}"
     if options.best_mode is not None and options.best is None:
         yield ("eval", "best_mode"), "belongs to eval.best: name the metric, or leave it out"
+
+
+def _alone(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
+    """`eval.only` and what it evaluates."""
+    options = recipe.eval
+    if not options.only:
+        if options.checkpoint is not None:
+            yield ("eval", "checkpoint"), "belongs to eval.only: a run that trains begins with model.path"
+        return
+    if options.checkpoint is not None and not _CHECKPOINT.search(options.checkpoint):
+        text = "must be a folder such as <run>/checkpoints/step_00000100"
+        yield ("eval", "checkpoint"), f"is {options.checkpoint!r}; {text}"
+    if recipe.data.eval is None and not (recipe.supervised and recipe.data.holdout):
+        yield ("eval", "only"), "needs rows to evaluate on: give data.eval"
+    if recipe.model.lora is not None and (options.checkpoint is not None or not recipe.supervised):
+        text = "an evaluation takes whole weights (those of eval.checkpoint are merged): set it to null"
+        yield ("model", "lora"), text
 
 
 def _sampling(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:

@@ -238,6 +238,8 @@ def _localise(recipe: Recipe, source: Source) -> None:
             for key in ("path", "tokenizer"):
                 if item[key] is not None:
                     item[key] = absolute(item[key], ("reward", index, key))
+    if recipe.eval.checkpoint is not None:
+        recipe.eval.checkpoint = absolute(recipe.eval.checkpoint, ("eval", "checkpoint"), always=True)
     if recipe.cluster.template is not None:
         recipe.cluster.template = absolute(recipe.cluster.template, ("cluster", "template"))
     site = recipe.cluster.site

@@ -41,7 +41,9 @@ def engine_settings(
             replica=replica,
             incarnation=incarnation,
             transport=transport_name(recipe, plan),
-        ),
+        )
+        if recipe.has_policy  # else nobody pushes
+        else None,
         adapter=adapter_shape(recipe),
     )
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_rl.bus import messages as m
+from hpc_rl.checkpoint.evaluated import use_checkpoint
 from hpc_rl.rewards.pool import ScorerPool
 from hpc_rl.roles import RoleProcess
 from hpc_rl.rollout.engine import Engine, EngineError, make_engine
@@ -83,6 +84,11 @@ class Worker:
         codec = await asyncio.to_thread(PromptCodec.load, tokenizer, model.revision, model.trust_remote_code)
         if model.stage is not None:
             from hpc_rl.models.hf.staging import staged_folder  # it imports torch, which takes seconds
+        if process.recipe.eval.checkpoint is not None:
+            await asyncio.to_thread(
+                use_checkpoint, process.recipe, process.run_dir, process.index, LOAD_LIMIT_S
+            )
+            self._settings = replace(self._settings, model=model.path, revision=None, tokenizer=None)
 
             folder = await asyncio.to_thread(staged_folder, model)
             self._settings = replace(self._settings, model=str(folder))

@@ -85,10 +85,11 @@ class Environments:
         )
 
     def of_controller(self) -> dict[str, str]:
-        """Without a group of its own the controller gets what the policy gets, but for its own variables."""
+        """Without a group of its own the controller gets what the first group gets (the policy, if there is
+        one), on whose first node it runs, but for its own variables."""
         if any(group.role == "controller" for group in self._plan.groups):
             return self.of("controller")
-        stand_in = group_of(self._plan, "policy").model_copy(update={"role": "controller", "variables": {}})
+        stand_in = self._plan.groups[0].model_copy(update={"role": "controller", "variables": {}})
         plan = self._plan.model_copy(update={"groups": [stand_in]})
         return Environments(plan, self._recipe).of("controller")
 
