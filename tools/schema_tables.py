@@ -102,6 +102,7 @@ def tables() -> dict[str, dict[str, str]]:
         "recipe": table(Recipe),
         "grpo": table(registry("algorithms").config_class("grpo"), "algorithm."),
         "algorithms": differences(ALGORITHMS, "grpo"),
+        "dpo": table(registry("algorithms").config_class("dpo"), "algorithm."),
     }
     for name in ("vllm", "hf"):
         recipe[name] = table(registry("engines").config_class(name), "rollout.engine_options.")

@@ -102,7 +102,7 @@ def _statistics(
     """`(totals over tokens, means over pairs)`.
 
     `rewards_*` are beta s, DPO's implicit rewards, and `margin` their difference; a tie is no success.
-    `reference_kl` is k3 of the trained tokens (`core.kl_penalty`): they are the data's, not the policy's, so
+    `kl_reference` is k3 of the trained tokens (`core.kl_penalty`): they are the data's, not the policy's, so
     it says how far the policy has moved, and not what its KL is.
     """
     rewards = config.beta * scores
@@ -111,7 +111,7 @@ def _statistics(
     if config.reference:
         assert batch.reference_log_probs is not None
         kl = kl_penalty("k3", log_probs, batch.reference_log_probs.to(log_probs.dtype))
-        sums["reference_kl"] = torch.where(batch.mask > 0, kl, torch.zeros_like(kl)).sum()
+        sums["kl_reference"] = torch.where(batch.mask > 0, kl, torch.zeros_like(kl)).sum()
     shares = {
         "accuracy": (margins > 0).to(weights.dtype),
         "margin": margins,

@@ -12,6 +12,7 @@ from typing import Any
 _COLUMNS = (
     ("train/loss", "loss", 4),
     ("eval/loss", "eval", 4),
+    ("train/accuracy", "pairs", 3),
     ("rollout/reward_mean", "reward", 3),
     ("eval/accuracy", "accuracy", 3),
     ("train/lr", "lr", None),

@@ -16,6 +16,8 @@ CURVES = (
     ("rollout/reward_mean", "reward"),
     ("eval/loss", "validation loss"),
     ("train/loss", "loss"),
+    ("train/accuracy", "pairs preferred as chosen"),
+    ("train/margin", "margin of the pairs"),
     ("train/lr", "learning rate"),
     ("train/grad_norm", "gradient norm"),
     ("rollout/staleness_mean", "staleness (versions)"),

@@ -3,11 +3,12 @@
 A row is `5203=` and the right answer is `0235`. The corpus for SFT (`train_sft.jsonl`) is like scraped text:
 only some answers are sorted, the others are descending, reversed or copied, and the longer the row the rarer
 the right one. SFT therefore leaves a model that can sort but seldom does; the reward of GRPO (`train.jsonl`,
-right answers only) tells which of its habits is wanted. No row is in two of the files. The same `--seed`
-gives the same weights and rows.
+right answers only) tells which of its habits is wanted. So does DPO: `pairs.jsonl` (of the rows of `train.jsonl`)
+and `pairs_eval.jsonl` (of those of `eval.jsonl`) have the right answer as chosen and that of another habit as
+rejected. No other two files share a row. The same `--seed` gives the same weights and rows.
 
 Usage: python make_model.py FOLDER [--seed 0]
-Writes FOLDER/model (Qwen3, 0.5 M parameters, one character per token) and the three .jsonl files.
+Writes FOLDER/model (Qwen3, 0.5 M parameters, one character per token) and the five .jsonl files.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def corpus_answer(digits: str, rng: random.Random) -> str:
     return digits[::-1] if habit == "reversed" else digits
 
 
+def wrong_answer(digits: str, rng: random.Random) -> str:
+    """What another habit says: all of them have the right digits, in another order."""
+    habits = (right_answer(digits)[::-1], digits[::-1], digits)
+    return rng.choice([answer for answer in habits if answer != right_answer(digits)])
+
+
 def distinct_rows(count: int, rng: random.Random) -> list[str]:
     """`count` different strings of digits, lengths equally likely until the short ones run out."""
     rows: dict[str, None] = {}
@@ -53,14 +60,24 @@ def write_rows(path: Path, rows: list[str], answer: Callable[[str], str]) -> Non
             file.write(json.dumps({"prompt": digits + "=", "answer": answer(digits)}) + "\n")
 
 
+def write_pairs(path: Path, rows: list[str], rng: random.Random) -> None:
+    """Rows of one digit alone (333) have no wrong order, and are left out."""
+    with path.open("w", encoding="utf-8") as file:
+        for digits in (row for row in rows if len(set(row)) > 1):
+            pair = {"chosen": right_answer(digits), "rejected": wrong_answer(digits, rng)}
+            file.write(json.dumps({"prompt": digits + "=", **pair}) + "\n")
+
+
 def make_data(folder: Path, seed: int, sft_rows: int, train_rows: int, eval_rows: int) -> None:
-    """The three files; held-out rows are in neither of the training files."""
+    """The five files; held-out rows are in none of the training files."""
     rng = random.Random(seed)
     rows = distinct_rows(eval_rows + sft_rows + train_rows, rng)
     held_out, corpus, train = rows[:eval_rows], rows[eval_rows : eval_rows + sft_rows], rows[-train_rows:]
     write_rows(folder / "train_sft.jsonl", corpus, lambda digits: corpus_answer(digits, rng))
     write_rows(folder / "train.jsonl", train, right_answer)
     write_rows(folder / "eval.jsonl", held_out, right_answer)
+    write_pairs(folder / "pairs.jsonl", train, rng)
+    write_pairs(folder / "pairs_eval.jsonl", held_out, rng)
 
 
 def make_tokenizer(folder: Path) -> int:

@@ -131,7 +131,7 @@ def test_a_policy_equal_to_its_reference_is_undecided() -> None:
     output = Dpo(DpoConfig(beta=0.5)).loss(batch, log_probs)
     assert output.loss.item() == pytest.approx(math.log(2))
     assert [float(output.shares[name]) for name in ("accuracy", "margin", "rewards_chosen")] == [0, 0, 0]
-    assert float(output.sums["reference_kl"]) == 0
+    assert float(output.sums["kl_reference"]) == 0
     (grad,) = torch.autograd.grad(output.loss, log_probs)
     # d/dl of -log sigma(beta h) at h = 0 is -beta / 2 on what was chosen, and as much up on the rest.
     torch.testing.assert_close(grad, torch.where(batch.sequence % 2 == 0, -0.125, 0.125).double())

@@ -55,13 +55,13 @@ def test_it_learns_from_where_the_reference_is(tiny_model: Path, tmp_path: Path)
     assert (before["eval/accuracy"], before["eval/margin"], before["eval/pairs"]) == (0, 0, 10)
     first = trainer.train_step(TrainStep(1))
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert (first["train/reference_kl"], first["train/sequences"]) == (0, 8)  # of 4 pairs
+    assert (first["train/kl_reference"], first["train/sequences"]) == (0, 8)  # of 4 pairs
     last = [trainer.train_step(TrainStep(step)) for step in range(2, 13)][-1]
     after = trainer.evaluate(12)
     assert after["eval/accuracy"] == 1
     assert after["eval/loss"] < 0.3
     assert after["eval/margin"] > 1
-    assert last["train/reference_kl"] > 0
+    assert last["train/kl_reference"] > 0
     assert last["train/rewards_chosen"] - last["train/rewards_rejected"] == pytest.approx(
         last["train/margin"]
     )

@@ -31,12 +31,14 @@ SFT: dict[str, tuple[dict[str, float], int]] = {
     "cosmos-reason2-llava-sft": ({"model": 8.767}, 4),
     "gsm8k-sft": ({"model": 1.544}, 8),
 }
+DPO: dict[str, tuple[dict[str, float], int]] = {"qwen2.5-7b-dpo": ({"model": 7.616}, 4)}
+SUPERVISED = SFT | DPO
 # The profile says nothing of memory, and a separate controller has some: Slurm would hand that on.
 SITE_NEEDS = {"gsm8k-grpo-7b": ["cluster.policy.mem=0", "cluster.rollout.mem=0"]}
 HUB_IDS = {
     "mistralai/Mistral-7B-Instruct-v0.3", "google/gemma-3-12b-it", "microsoft/phi-4", "openai/gpt-oss-20b",
     "meta-llama/Llama-3.2-11B-Vision-Instruct", "llava-hf/llava-1.5-7b-hf", "nvidia/Cosmos-Reason1-7B",
-    "nvidia/Cosmos-Reason2-8B", "Qwen/Qwen2.5-1.5B-Instruct",
+    "nvidia/Cosmos-Reason2-8B", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct",
 }  # fmt: skip
 
 
@@ -65,17 +67,17 @@ def test_each_plans_and_renders_without_a_warning(file: Path) -> None:
 def test_the_list_is_whole() -> None:
     """Every recipe for SFT is in the table of this test and in that of the README, with real models."""
     found = {file.stem: load_recipe(file).recipe for file in FILES}
-    sft = {name for name, recipe in found.items() if recipe.kind == "sft"}
-    assert sft == set(SFT)
-    assert {found[name].model.path for name in sft} == HUB_IDS
+    kinds = {kind: {name for name in found if found[name].kind == kind} for kind in ("sft", "preference")}
+    assert kinds == {"sft": set(SFT), "preference": set(DPO)}
+    assert {found[name].model.path for name in SUPERVISED} == HUB_IDS
     page = (FOLDER / "README.md").read_text()
     for name in found:
         assert f"`{name}`" in page
 
 
-@pytest.mark.parametrize("name", SFT)
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_the_gpus_and_the_memory_are_what_header_and_readme_say(name: str) -> None:
-    parts, gpus = SFT[name]
+    parts, gpus = SUPERVISED[name]
     plan = plan_of(name)
     assert plan.mesh.world_size == plan.group("policy").gpus_per_node == gpus
     shapes = {f"{part}.weight": [round(billions * 1e9)] for part, billions in parts.items()}
@@ -91,7 +93,7 @@ def test_the_gpus_and_the_memory_are_what_header_and_readme_say(name: str) -> No
         )
 
 
-@pytest.mark.parametrize("name", [name for name in SFT if name != "gsm8k-sft"])
+@pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "gsm8k-sft"])
 def test_the_commands_of_the_header_work(name: str) -> None:
     """fetch, check and submit are there, with overrides that load."""
     commands = [
