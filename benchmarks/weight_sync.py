@@ -33,7 +33,8 @@ from benchmarks._report import interleave, report
 from hpc_rl.bus.server import RedisServer
 from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.gloo import GlooTransport
-from hpc_rl.weights.protocol import END, Frame, Receiver, agree, pack_bucket, receive_frame, send_frame
+from hpc_rl.weights.protocol import END, Frame, agree, pack_bucket, receive_frame, send_frame
+from hpc_rl.weights.receiver import Receiver
 from hpc_rl.weights.sender import group_prefix
 
 BUCKET_BYTES = 64 << 20

@@ -20,20 +20,20 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 import torch
 
 from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.checksum import tensor_checksum
+from hpc_rl.weights.delta import Patch
 
-BUCKET, END, ABORT = 1, 2, 3
+BUCKET, END, ABORT, DELTA = 1, 2, 3, 4
 ALIGN = 16
-# Buffers that some checkpoint files hold although they are no parameters; a source need not send them.
-NOT_PARAMETERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".embeddings.position_ids")
 
 
 class WeightTransferError(RuntimeError):
@@ -73,6 +73,26 @@ class Sender(Protocol):
         replica's failure; the source is always exhausted, so that the other ranks are not left alone."""
         ...
 
+    def start(
+        self,
+        version: int,
+        source: WeightSource,
+        replicas: Sequence[int],
+        incarnations: Sequence[int],
+        done: Callable[[PushResult], None],
+    ) -> None:
+        """`push` that may go on after it returned: the source is exhausted by then, and its weights may
+        change. `done` is called once, from any thread. Waits for the push before it."""
+        ...
+
+    def check(self) -> None:
+        """Raise what ended a push in the background without a result."""
+        ...
+
+    def wait(self) -> None:
+        """Until no push is under way (each has a deadline of its own); then `check`."""
+        ...
+
     def drop(self, replica: int) -> None:
         """Forget the transfer group of `replica`."""
         ...
@@ -104,6 +124,9 @@ class Channel(Protocol):
     def close(self) -> None: ...
 
 
+Bucket = Sequence[tuple[str, torch.Tensor]]
+
+
 class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
     name: str
     dtype: str
@@ -117,6 +140,17 @@ class BucketMeta(msgspec.Struct, frozen=True):
     version: int
     index: int
     tensors: list[TensorMeta]
+
+
+class DeltaMeta(msgspec.Struct, frozen=True):
+    """What changed in a bucket since version `base`: `patches[i]` makes `tensors[i]`, whose checksum is that
+    of the whole tensor afterwards. The patches follow each other in the payload."""
+
+    version: int
+    base: int
+    index: int
+    tensors: list[TensorMeta]
+    patches: list[Patch]
 
 
 class EndMeta(msgspec.Struct, frozen=True):
@@ -136,31 +170,57 @@ def names_digest(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
-def pack_bucket(
-    version: int, index: int, bucket: Sequence[tuple[str, torch.Tensor]], buffers: BufferPool
-) -> Frame:
-    """Copy a bucket into one uint8 payload out of `buffers` and describe it."""
+def layout(bucket: Bucket) -> tuple[list[TensorMeta], int]:
+    """Where each tensor of a bucket lies in its payload, without checksums, and the payload's bytes."""
     metas: list[TensorMeta] = []
     offset = 0
     for name, tensor in bucket:
         nbytes = tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
-        metas.append(TensorMeta(name, dtype, tuple(tensor.shape), offset, nbytes, tensor_checksum(tensor)))
+        metas.append(TensorMeta(name, dtype, tuple(tensor.shape), offset, nbytes, 0))
         offset += (nbytes + ALIGN - 1) // ALIGN * ALIGN
-    payload = buffers.take(offset)
+    return metas, offset
+
+
+def pack_bucket(version: int, index: int, bucket: Bucket, buffers: BufferPool) -> Frame:
+    """Copy a bucket into one uint8 payload out of `buffers` and describe it."""
+    metas, nbytes = layout(bucket)
+    payload = buffers.take(nbytes)
+    checked = []
     for meta, (_, tensor) in zip(metas, bucket, strict=True):
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        checked.append(msgspec.structs.replace(meta, checksum=tensor_checksum(tensor)))
         payload[meta.offset : meta.offset + meta.nbytes].copy_(flat)
+    return bucket_frame(version, index, checked, payload)
+
+
+def bucket_frame(version: int, index: int, metas: list[TensorMeta], payload: torch.Tensor) -> Frame:
     return Frame(BUCKET, msgspec.msgpack.encode(BucketMeta(version, index, metas)), payload)
+
+
+def delta_frame(
+    version: int,
+    base: int,
+    index: int,
+    metas: list[TensorMeta],
+    patches: list[Patch],
+    payload: np.ndarray[Any, Any],
+) -> Frame:
+    meta = msgspec.msgpack.encode(DeltaMeta(version, base, index, metas, patches))
+    return Frame(DELTA, meta, torch.from_numpy(payload))
+
+
+def view_of(meta: TensorMeta, payload: torch.Tensor) -> torch.Tensor:
+    """The tensor of `meta` in its bucket's payload."""
+    flat = payload[meta.offset : meta.offset + meta.nbytes]
+    return flat.view(getattr(torch, meta.dtype)).reshape(meta.shape)
 
 
 def unpack_bucket(meta: BucketMeta, payload: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Views into `payload`. Raises WeightTransferError for a tensor whose checksum is wrong."""
     bucket = []
     for item in meta.tensors:
-        dtype = getattr(torch, item.dtype)
-        flat = payload[item.offset : item.offset + item.nbytes]
-        tensor = flat.view(dtype).reshape(item.shape)
+        tensor = view_of(item, payload)
         if tensor_checksum(tensor) != item.checksum:
             raise WeightTransferError(
                 f"checksum of {item.name} is wrong in the push of version {meta.version}"
@@ -219,7 +279,7 @@ def frames(channel: Channel, deadline: float) -> Iterator[Frame]:
             frame = arrived.get()
             if isinstance(frame, BaseException):
                 raise frame
-            last = frame.kind != BUCKET
+            last = frame.kind in (END, ABORT)
             yield frame
             del frame
         thread.join()
@@ -231,7 +291,7 @@ def frames(channel: Channel, deadline: float) -> Iterator[Frame]:
 
 def _in_order(channel: Channel, deadline: float) -> Iterator[Frame]:
     kind = BUCKET
-    while kind == BUCKET:
+    while kind not in (END, ABORT):
         frame = receive_frame(channel, deadline)
         kind = frame.kind
         yield frame
@@ -250,81 +310,3 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise WeightTransferError("the deadline of the push passed")
     return left
-
-
-def check_names(received: Sequence[str], expected: Iterable[str] | None, tied: Iterable[str] = ()) -> None:
-    """Compare the names of a push with those of the checkpoint file. `tied` names may be absent.
-
-    Raises WeightTransferError naming up to five missing or unknown tensors, or a repeated one.
-    """
-    names = set(received)
-    if len(names) != len(received):
-        twice = sorted({name for name in names if list(received).count(name) > 1})
-        raise WeightTransferError(f"sent more than once: {', '.join(twice[:5])}")
-    if expected is None:
-        return
-    wanted, optional = set(expected), set(tied)
-    missing = sorted(n for n in wanted - names - optional if not n.endswith(NOT_PARAMETERS))
-    unknown = sorted(names - wanted - optional)
-    if missing:
-        raise WeightTransferError(
-            f"{len(missing)} tensors of the checkpoint were not sent: {', '.join(missing[:5])}"
-        )
-    if unknown:
-        raise WeightTransferError(
-            f"{len(unknown)} tensors are not in the checkpoint: {', '.join(unknown[:5])}"
-        )
-
-
-class Receiver:
-    """The receiving half of a push over one channel; engines load what `receive` yields."""
-
-    def __init__(
-        self, channel: Channel, expected: Iterable[str] | None = None, tied: Iterable[str] = ()
-    ) -> None:
-        self.channel = channel
-        self._expected = None if expected is None else frozenset(expected)
-        self._tied = frozenset(tied)
-        self.tensors = 0
-        self.nbytes = 0
-
-    def receive(self, version: int, deadline: float) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """Yield the verified buckets of the push of `version`; `deadline` is on time.monotonic().
-
-        The caller loads each bucket and then calls `finish`. Raises WeightTransferError when the sender
-        is late or gone, a checksum or the version is wrong, or the set of names is not complete.
-        """
-        names: list[str] = []
-        self.tensors = self.nbytes = 0
-        for frame in frames(self.channel, deadline):
-            if frame.kind == ABORT:
-                raise WeightTransferError(f"the policy gave up the push of version {version}")
-            if frame.kind == END:
-                end = msgspec.msgpack.decode(frame.meta, type=EndMeta)
-                self._check_end(end, names, version)
-                self.tensors = len(names)
-                return
-            if frame.kind != BUCKET:
-                raise WeightTransferError(f"frame of unknown kind {frame.kind}: the streams are out of step")
-            meta = msgspec.msgpack.decode(frame.meta, type=BucketMeta)
-            if meta.version != version:
-                raise WeightTransferError(f"expected version {version}, the policy sends {meta.version}")
-            bucket = unpack_bucket(meta, frame.payload)
-            names.extend(name for name, _ in bucket)
-            self.nbytes += frame.payload.numel()
-            del frame  # with its bucket goes the memory, which the next one needs
-            yield bucket
-            del bucket
-
-    def finish(self, ok: bool, deadline: float) -> None:
-        """Tell the others how loading went. Raises WeightTransferError if any worker failed."""
-        failed = agree(self.channel, ok, deadline)
-        if ok and failed:
-            raise WeightTransferError(f"{failed} other worker(s) of this replica could not load the weights")
-
-    def _check_end(self, end: EndMeta, names: list[str], version: int) -> None:
-        if end.version != version or end.tensors != len(names) or end.names != names_digest(names):
-            raise WeightTransferError(
-                f"the push of version {end.version} had {end.tensors} tensors, {len(names)} arrived"
-            )
-        check_names(names, self._expected, self._tied)

@@ -18,7 +18,8 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
 from hpc_rl.weights.adapter import Factors, factor_names, read_adapter
-from hpc_rl.weights.protocol import Receiver, WeightTransferError
+from hpc_rl.weights.protocol import WeightTransferError
+from hpc_rl.weights.receiver import Receiver
 
 ADAPTER_ID = 1
 # vLLM wants a path, and opens it only for an adapter that is not installed.

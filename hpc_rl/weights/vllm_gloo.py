@@ -24,7 +24,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from hpc_rl.weights.gloo import GlooChannel, GlooTransport
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
 from hpc_rl.weights.nccl import NcclChannel
-from hpc_rl.weights.protocol import Channel, Receiver, WeightTransferError
+from hpc_rl.weights.protocol import Channel, WeightTransferError
+from hpc_rl.weights.receiver import Receiver
 
 
 @dataclass

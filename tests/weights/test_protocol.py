@@ -16,12 +16,11 @@ from hpc_rl.weights.checksum import CHUNK_WORDS, tensor_checksum
 from hpc_rl.weights.gloo import GlooTransport
 from hpc_rl.weights.protocol import (
     BucketMeta,
-    Receiver,
     WeightTransferError,
-    check_names,
     pack_bucket,
     unpack_bucket,
 )
+from hpc_rl.weights.receiver import Receiver, check_names
 from hpc_rl.weights.sender import BroadcastSender, group_prefix
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(120)]
