@@ -23,7 +23,8 @@ from hpc_rl.rollout.engines.config import HfOptions
 from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 from hpc_rl.weights.adapter import Factors, read_adapter
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
-from hpc_rl.weights.protocol import Channel, Receiver, WeightTransferError
+from hpc_rl.weights.protocol import Channel, WeightTransferError
+from hpc_rl.weights.receiver import Receiver
 from hpc_rl.weights.sender import group_prefix
 from hpc_rl.weights.transports import load_transport
 
