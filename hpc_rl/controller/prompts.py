@@ -49,7 +49,7 @@ class PromptSource:
         return [self._make(row, 0, row) for row in range(len(self.rows))]
 
     def _make(self, ordinal: int, epoch: int, row: int) -> Prompt:
-        content, answer, fields = prompt_of(self.rows[row], self.spec)
+        content, answer, fields = prompt_of(self.rows[row], self.spec, self.rows.where(row))
         return Prompt(ordinal=ordinal, epoch=epoch, row=row, content=content, answer=answer, fields=fields)
 
 

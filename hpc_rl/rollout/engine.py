@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from hpc_rl.data.prompt_media import PromptMedia
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 
@@ -97,17 +98,24 @@ class Engine(Protocol):
     version: int
     """The policy version of the weights now in use; changes only when a whole push is verified."""
     vocab_size: int
+    max_model_len: int
 
     async def start(self) -> None:
         """Load the model. Version is 0: the recipe's weights."""
         ...
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        request_id: str,
+        media: PromptMedia | None = None,
     ) -> list[Sample]:
         """`count` samples; sample i uses seed `sampling.seed + i`. Many calls may be under way.
 
-        Temperature 0 is greedy. Raises PromptError, or EngineError when the engine is lost.
+        Temperature 0 is greedy. `media` are given where a prompt has some; `prompt_ids` then begin with
+        `media.token_ids`. Raises PromptError, or EngineError when the engine is lost.
         """
         ...
 
@@ -144,17 +152,33 @@ class Engine(Protocol):
         ...
 
 
-def prompt_room(prompt_ids: Sequence[int], max_model_len: int, vocab_size: int) -> int:
+def prompt_room(
+    prompt_ids: Sequence[int], max_model_len: int, vocab_size: int, media: PromptMedia | None = None
+) -> int:
     """How many tokens can follow the prompt. Raises PromptError: none, no prompt, or an unknown token."""
     room = max_model_len - len(prompt_ids)
     if room < 1 or not prompt_ids:
-        raise PromptError(
-            f"the prompt has {len(prompt_ids)} tokens; between 1 and {max_model_len - 1} fit "
-            "(rollout.max_model_len)"
-        )
+        message = f"the prompt has {len(prompt_ids)} tokens; between 1 and {max_model_len - 1} fit "
+        message += "(rollout.max_model_len)"
+        if media is not None:
+            more = len(media.token_ids) - len(media.short_ids)
+            message += f"; {more} are its images and videos: lower max_pixels, fps or max_frames of the data"
+        raise PromptError(message)
     if max(prompt_ids) >= vocab_size or min(prompt_ids) < 0:
         raise PromptError(f"the prompt has a token outside the vocabulary of {vocab_size}")
     return room
+
+
+def check_places(prompt_ids: Sequence[int], media: PromptMedia | None, placeholders: frozenset[int]) -> None:
+    """Raises PromptError where tokens that stand for an image or video (`placeholders`) have none: the
+    learner could not make of them what the engine did."""
+    before = 0 if media is None else len(media.token_ids)
+    found = next((token for token in prompt_ids[before:] if token in placeholders), None)
+    if found is not None:
+        raise PromptError(
+            f"the prompt holds token {found}, the model's place for an image or video, without one: write it "
+            "differently, or give the medium in the row"
+        )
 
 
 def make_engine(name: str, settings: EngineSettings) -> Engine:

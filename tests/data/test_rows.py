@@ -79,7 +79,7 @@ def test_a_chat_row_is_split_before_its_last_answer() -> None:
             {"role": "user", "content": "c"},
             {"role": "assistant", "content": "d"},
         ],
-        "image": b"\x00",
+        "scan": b"\x00",
     }
     content, answer, fields = prompt_of(row, spec)
     assert answer == "d"

@@ -14,7 +14,7 @@ from hpc_rl.rollout.engine import Engine, EngineSettings, PromptError, Sample, T
 from hpc_rl.rollout.engines.config import HfOptions, VllmOptions
 from hpc_rl.rollout.engines.vllm_media import check_expanded, media_prompt
 from hpc_rl.rollout.prompts import PromptCodec
-from hpc_rl.types import TrainSample
+from hpc_rl.types import Sampling, TrainSample
 from hpc_rl.weights.gloo import GlooTransport
 from tests import vision_prompts as v
 from tests.models import contract as c
@@ -22,6 +22,7 @@ from tests.tiny_models import FileSource
 
 pytestmark = [pytest.mark.redis, pytest.mark.torch, pytest.mark.timeout(180)]
 torch.set_num_threads(1)
+LONG = Sampling(v.SAMPLING.temperature, 1.0, 100, 5)  # so long that a push comes between two tokens
 TEMPERATURE = v.SAMPLING.temperature
 
 
@@ -46,14 +47,16 @@ def differences(folder: Path, samples: Sequence[TrainSample], version: int = 0) 
     return torch.cat(found).abs()
 
 
-async def sampled(engine: Engine, folder: Path, rows: Path, which: Sequence[int]) -> list[TrainSample]:
+async def sampled(
+    engine: Engine, folder: Path, rows: Path, which: Sequence[int], sampling: Sampling = v.SAMPLING
+) -> list[TrainSample]:
     """Three answers to each of the prompts, all generated at once."""
     make, codec = v.prompts(folder, rows), PromptCodec.load(str(folder), None, False)
 
     async def one(row: int) -> list[TrainSample]:
         media = None if row == v.TEXT else make(row)
         ids = codec.encode(make.messages(row) or "", v.spec_of(rows)) if media is None else media.token_ids
-        samples: list[Sample] = await engine.generate(ids, v.SAMPLING, 3, f"row-{row}", media)
+        samples: list[Sample] = await engine.generate(ids, sampling, 3, f"row-{row}", media)
         return [v.train_sample(media, ids, sample, row) for sample in samples]
 
     return [sample for some in await asyncio.gather(*(one(row) for row in which)) for sample in some]
@@ -85,8 +88,8 @@ def test_the_hf_engine_samples_what_the_learner_scores(family: str, bus_file: Pa
         engine = make_engine("hf", settings_of(old, bus_file, attempt, HfOptions(threads=1)))
         await engine.start()
         before = await sampled(engine, old, rows, which)
-        under_way = asyncio.create_task(sampled(engine, old, rows, which))
-        while not engine._waiting:  # type: ignore[attr-defined]
+        under_way = asyncio.create_task(sampled(engine, old, rows, which, LONG))
+        while not engine.load().running:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         await push(engine, bus_file, attempt, new, 4)

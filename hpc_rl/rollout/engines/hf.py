@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from hpc_rl.rollout.engine import EngineError, EngineSettings, Sample, WeightReport, prompt_room
+from hpc_rl.data.prompt_media import PromptMedia
+from hpc_rl.rollout.engine import EngineError, EngineSettings, Sample, WeightReport, check_places, prompt_room
 from hpc_rl.rollout.engines.config import HfOptions
+from hpc_rl.rollout.engines.hf_media import MediaPrefix, Prefix
 from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 from hpc_rl.weights.adapter import Factors, read_adapter
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
@@ -73,6 +75,7 @@ class HfEngine:
         self._model: Any = None
         self._tokenizer: Any = None
         self._eos: frozenset[int] = frozenset()
+        self._placeholders: frozenset[int] = frozenset()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf-engine")
         self._boundary = _Boundary()
         self._channel: Channel | None = None
@@ -91,6 +94,7 @@ class HfEngine:
 
         from hpc_rl.models.hf.classes import find_class
         from hpc_rl.models.hf.folder import fingerprint, model_folder
+        from hpc_rl.models.hf.media import placeholder_ids
         from hpc_rl.recipe.schema import Model
 
         options: HfOptions = self.settings.options
@@ -118,7 +122,9 @@ class HfEngine:
         self.vocab_size = text_config.vocab_size
         limit = text_config.max_position_embeddings
         self.max_model_len = min(self.settings.max_model_len or limit, limit)
-        self._eos = _eos_ids(self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
+        self._placeholders = placeholder_ids(self._model.config)
+        ends = _eos_ids(self._model.generation_config.eos_token_id, self._tokenizer.eos_token_id)
+        self._eos = ends | self._placeholders  # nothing can be read after a place without its medium
 
     async def close(self) -> None:
         self._boundary.open()
@@ -132,13 +138,21 @@ class HfEngine:
 
     # --- generation --------------------------------------------------------------------------------
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        request_id: str,
+        media: PromptMedia | None = None,
     ) -> list[Sample]:
-        room = prompt_room(prompt_ids, self.max_model_len, self.vocab_size)
+        room = prompt_room(prompt_ids, self.max_model_len, self.vocab_size, media)
+        check_places(prompt_ids, media, self._placeholders)
+        prefix = Prefix(self._model) if media is None else MediaPrefix(self._model, media)
+        limit = min(sampling.max_tokens, room)
         self._waiting[request_id] = count
         try:
             samples: list[Sample] = await self._in_thread(
-                self._generate, list(prompt_ids), sampling, count, min(sampling.max_tokens, room), request_id
+                self._generate, list(prompt_ids), sampling, count, limit, request_id, prefix
             )
             return samples
         finally:
@@ -147,7 +161,13 @@ class HfEngine:
 
     @torch.inference_mode()
     def _generate(
-        self, prompt_ids: list[int], sampling: Sampling, count: int, max_tokens: int, request_id: str
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        count: int,
+        max_tokens: int,
+        request_id: str,
+        prefix: Prefix,
     ) -> list[Sample]:
         generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(count)]
         samples = [Sample([], [], [], "length") for _ in range(count)]
@@ -163,10 +183,10 @@ class HfEngine:
                 if cache is None or version != self.version:
                     version = self.version
                     rows = [prompt_ids + samples[i].token_ids for i in active]
-                    logits, cache = self._prefill(rows, position)
+                    logits, cache = self._prefill(rows, position, prefix)
                 else:
                     last = [samples[i].token_ids[-1:] for i in active]
-                    logits, cache = self._forward(last, len(prompt_ids) + position - 1, cache)
+                    logits, cache = self._forward(last, len(prompt_ids) + position - 1, cache, prefix)
             log_probs = processed_log_probs(logits, sampling.temperature, sampling.top_p)
             going = []
             for row, i in enumerate(active):
@@ -183,22 +203,22 @@ class HfEngine:
                 cache.batch_select_indices(torch.tensor(going, device=self._model.device))
         return samples
 
-    def _prefill(self, rows: list[list[int]], position: int) -> tuple[torch.Tensor, Any]:
+    def _prefill(self, rows: list[list[int]], position: int, prefix: Prefix) -> tuple[torch.Tensor, Any]:
         """Logits of the next token and a cache, over the whole prefix of each row."""
         if position > 0:
-            return self._forward(rows, 0, None)
-        logits, cache = self._forward(rows[:1], 0, None)  # the prompt is the same for all rows
+            return self._forward(rows, 0, None, prefix)
+        logits, cache = self._forward(rows[:1], 0, None, prefix)  # the prompt is the same for all rows
         if len(rows) > 1:
             cache.batch_repeat_interleave(len(rows))
         return logits.expand(len(rows), -1), cache
 
-    def _forward(self, rows: list[list[int]], start: int, cache: Any) -> tuple[torch.Tensor, Any]:
+    def _forward(
+        self, rows: list[list[int]], start: int, cache: Any, prefix: Prefix
+    ) -> tuple[torch.Tensor, Any]:
         """fp32 logits [rows, vocab] after the last token of equally long `rows`, which begin at `start`."""
         ids = torch.tensor(rows, device=self._model.device)
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-        output = self._model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        inputs = prefix.inputs(ids, start)
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs)
         return output.logits[:, -1].float().cpu(), output.past_key_values
 
     def _ends(self, sample: Sample) -> bool:

@@ -20,6 +20,8 @@ import msgspec
 import torch
 
 from hpc_rl.catalog.facts import tensor_shapes
+from hpc_rl.data.prompt_media import PromptMedia
+from hpc_rl.models.hf.media import placeholder_ids
 from hpc_rl.rollout.engine import (
     AdapterShape,
     EngineError,
@@ -27,9 +29,11 @@ from hpc_rl.rollout.engine import (
     PromptError,
     Sample,
     WeightReport,
+    check_places,
     prompt_room,
 )
 from hpc_rl.rollout.engines.config import VllmOptions
+from hpc_rl.rollout.engines.vllm_media import check_expanded, media_prompt, text_prompt
 from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 from hpc_rl.weights.names import local_folder
 from hpc_rl.weights.protocol import WeightTransferError
@@ -129,7 +133,9 @@ def base_fingerprint(settings: EngineSettings) -> str:
     return fingerprint(model_folder(settings.model, settings.revision)).hex()
 
 
-def sampling_params(sampling: Sampling, count: int, stop: Sequence[str], max_tokens: int) -> SamplingParams:
+def sampling_params(
+    sampling: Sampling, count: int, stop: Sequence[str], max_tokens: int, stop_ids: Sequence[int] = ()
+) -> SamplingParams:
     """vLLM's sampling parameters. Text is only made inside vLLM where stop strings need it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -141,6 +147,7 @@ def sampling_params(sampling: Sampling, count: int, stop: Sequence[str], max_tok
         max_tokens=max_tokens,
         seed=sampling.seed,
         stop=list(stop) or None,
+        stop_token_ids=list(stop_ids) or None,
         logprobs=0,
         flat_logprobs=True,
         detokenize=bool(stop),
@@ -161,6 +168,7 @@ class VllmEngine:
         self._prefix = ""
         self._broken = ""
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
+        self._placeholders: frozenset[int] = frozenset()
         self._base = ""  # fingerprint of the model's files, where an adapter belongs to them
         self._meter: Meter | None = None
         self._request: dict[str, Any] = {}  # what each request says besides prompt and sampling
@@ -188,6 +196,8 @@ class VllmEngine:
         config = self._llm.vllm_config.model_config
         self.vocab_size = config.get_vocab_size()
         self.max_model_len = config.max_model_len
+        # Nothing can be read after a place without its medium: an answer ends there.
+        self._placeholders = placeholder_ids(config.hf_config)
         await self._llm.update_weight_version("0")
         if self.settings.adapter is not None:
             from hpc_rl.weights.vllm_adapter import REQUEST
@@ -196,14 +206,24 @@ class VllmEngine:
             self._request["lora_request"] = REQUEST
 
     async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        count: int,
+        request_id: str,
+        media: PromptMedia | None = None,
     ) -> list[Sample]:
-        room = prompt_room(prompt_ids, self.max_model_len, self.vocab_size)
+        room = prompt_room(prompt_ids, self.max_model_len, self.vocab_size, media)
+        check_places(prompt_ids, media, self._placeholders)
         greedy = sampling.temperature == 0
+        limit = min(sampling.max_tokens, room)
         params = sampling_params(
-            sampling, 1 if greedy else count, self.settings.stop, min(sampling.max_tokens, room)
+            sampling, 1 if greedy else count, self.settings.stop, limit, sorted(self._placeholders)
         )
-        output = await self._run(list(prompt_ids), params, request_id)
+        prompt = text_prompt(prompt_ids) if media is None else media_prompt(prompt_ids, media)
+        output = await self._run(prompt, params, request_id)
+        if media is not None:
+            check_expanded(prompt_ids, output.prompt_token_ids)
         samples = [_sample(completion, self.version) for completion in output.outputs]
         return samples * count if greedy else samples
 
@@ -211,17 +231,16 @@ class VllmEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, temperature=1.0)
-        output = await self._run(list(token_ids), params, f"score-{time.monotonic_ns()}")
+        output = await self._run(text_prompt(token_ids), params, f"score-{time.monotonic_ns()}")
         entries = output.prompt_logprobs[1:]
         return [entry[token].logprob for entry, token in zip(entries, token_ids[1:], strict=True)]
 
-    async def _run(self, prompt_ids: list[int], params: SamplingParams, request_id: str) -> Any:
+    async def _run(self, prompt: dict[str, Any], params: SamplingParams, request_id: str) -> Any:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         output: Any = None
         try:
-            prompt = {"prompt_token_ids": prompt_ids}
             async for answer in self._llm.generate(prompt, params, request_id, **self._request):
                 output = answer
         except VLLMClientError as error:  # vLLM's own validation of the prompt
