@@ -66,20 +66,24 @@ class Dispatcher:
         if self._stale:
             self._rebuild()
         aside: list[Entry] = []
+        offered: int | None = None
         try:
             while self._heap:
                 entry = heapq.heappop(self._heap)
-                index = entry[2]
-                if entry != self._entry(index):
+                if entry != self._entry(entry[2]):
                     continue
-                yield self._members.replicas[index]
-                if self.loads[index] == entry[0]:
+                offered = entry[2]
+                yield self._members.replicas[offered]
+                if self.loads[offered] == entry[0]:
                     aside.append(entry)
                 else:
-                    self._push(index)
+                    self._push(offered)
+                offered = None
         finally:
             for entry in aside:
                 heapq.heappush(self._heap, entry)
+            if offered is not None:  # the caller had enough
+                self._push(offered)
 
     @property
     def all_idle(self) -> bool:

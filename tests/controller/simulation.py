@@ -42,9 +42,16 @@ def make_controller(
     checkpoint: dict[str, Any] | None = None,
     algorithm: dict[str, Any] | None = None,
     evaluation: dict[str, Any] | None = None,
-    order: str = "deadline",
+    rollout: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
+    attempt: int = 1,
 ) -> RlController:
-    run = RunDir.create(folder, "simulated")
+    """In `folder`; a further attempt goes on in the run directory of the first."""
+    if attempt == 1:
+        run = RunDir.create(folder, "simulated")
+    else:
+        (root,) = (folder / "simulated").iterdir()
+        run = RunDir(root)
     data = {"format": "prompt_answer", "prompt": "prompt", "answer": "answer"}
     for name, rows in (("train", 8), ("eval", 3)):
         lines = (json.dumps({"prompt": f"p{i}", "answer": str(i)}) for i in range(rows))
@@ -62,8 +69,8 @@ def make_controller(
                 **(algorithm or {}),
             },
             "reward": [{"name": "exact"}],
-            "policy": {"batch_size": PROMPTS_PER_STEP * GROUP_SIZE, "steps": steps},
-            "rollout": {"replicas": replicas, "max_in_flight": 8, "order": order},
+            "policy": {"batch_size": PROMPTS_PER_STEP * GROUP_SIZE, "steps": steps, **(policy or {})},
+            "rollout": {"replicas": replicas, "max_in_flight": 8, **(rollout or {})},
             "checkpoint": {"export": "off", **(checkpoint or {"enabled": False})},
             "eval": {"every": 2, "before": before, **(evaluation or {})},
             "logging": {"wandb": {"mode": "off"}},
@@ -71,7 +78,7 @@ def make_controller(
     )
     mesh = SimpleNamespace(world_size=1, dp_replicate=1, dp_shard=1, tp=1, pp=1, cp=1)
     role: Any = SimpleNamespace(
-        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[]), run_dir=run, attempt=1,
+        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[]), run_dir=run, attempt=attempt,
         bus=SentMessages(),
         phase=lambda *_: None,
     )  # fmt: skip
@@ -98,10 +105,13 @@ class Simulation:
         self.denominators: set[float] = set()
         self.evaluated: dict[str, set[int]] = defaultdict(set)  # evaluation -> versions that answered
         self.skill: Callable[[int], float] = lambda version: 0.0  # what a version scores in evaluations
+        self.silent: Callable[[int], bool] = lambda ordinal: False  # whose answers all score the same
 
-    def run(self) -> bool:
-        self.tell(m.PolicyReady(0, 0, {}))
-        for _ in range(ROUNDS):
+    def run(self, rounds: int = ROUNDS, *, step: int = 0) -> bool:
+        """`step`: the checkpoint that the policy starts from."""
+        self.policy_version = step
+        self.tell(m.PolicyReady(0, step, {}))
+        for _ in range(rounds):
             action = self.rng.random()
             if self.starting and action < 0.3:
                 self.replica_loads()
@@ -174,8 +184,10 @@ class Simulation:
     def group(self, index: int, request: m.Generate) -> m.GroupDone:
         version = self.version[index]
         spans = [VersionSpan(version, 0, 2)]
+        spread = 0 if self.silent(request.prompt.ordinal) else 1
         scores = [
-            i % 2 if request.purpose == "train" else self.skill(version) for i in range(request.group_size)
+            i % 2 * spread if request.purpose == "train" else self.skill(version)
+            for i in range(request.group_size)
         ]
         trajectories = [
             Trajectory(
