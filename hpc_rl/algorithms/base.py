@@ -16,12 +16,13 @@ class TokenBatch:
     """The trained positions of one micro-batch, flattened to N predicted tokens.
 
     All tensors have shape [N]; position n predicts `targets[n]`. `mask` is 1.0 where token n counts.
-    `sequence` numbers the sequence that token n belongs to (0 .. num_sequences - 1). `denominator` is
-    that of the whole optimizer step, over all ranks and micro-batches, counted after every mask
+    `sequence` numbers the sequence that token n belongs to (0 .. num_sequences - 1). `denominator` is that
+    of the whole optimizer step, over all ranks and micro-batches, counted after every mask
     (`algorithms.denominators`). `reference_log_probs` are those of the model that a KL penalty holds to;
     `proximal_log_probs` those of the trainer at the start of the step, where a batch has several;
-    `teacher_log_probs` those of the teacher (NaN without one).
-    """
+    `teacher_log_probs` those of the teacher (NaN without one). `versions` are those of the weights that
+    sampled the tokens; the trainer's are `start_version`, and `progress` more (a part of one) within the
+    step's updates."""
 
     targets: Tensor
     mask: Tensor
@@ -33,6 +34,9 @@ class TokenBatch:
     reference_log_probs: Tensor | None = None
     proximal_log_probs: Tensor | None = None
     teacher_log_probs: Tensor | None = None
+    versions: Tensor | None = None
+    start_version: float = 0.0
+    progress: float = 0.0
 
 
 @dataclass

@@ -60,11 +60,14 @@ class RlConfig(Section, ABC):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     kl_beta: float = Field(default=0.0, ge=0)
-    kl_estimator: Literal["k1", "k2", "k3", "k3_k2"] = "k3_k2"
+    kl_estimator: Literal["k1", "k2", "k3", "k3_k2"] | None = (
+        None  # null: k3_k2 in the loss, k1 in the reward
+    )
+    kl_in: Literal["loss", "reward"] = "loss"
     max_staleness: NonNegative = 2
     # What the ratio is taken against (algorithms/core.py): the sampler's recorded log-probs, which
     # corrects and clips at once, or the trainer's own at the start of the step times a correction.
-    proximal: Literal["sampler", "recompute"] = "sampler"
+    proximal: Literal["sampler", "recompute", "interpolate"] = "sampler"
     correction: Correction = Correction()
     off_policy_mask: Annotated[float, Field(gt=0)] | None = None
     positive_nll: float = Field(default=0.0, ge=0)
@@ -76,6 +79,9 @@ class RlConfig(Section, ABC):
 
     # Answers to a prompt that the advantages need.
     min_group: ClassVar[int] = 1
+    # With `kl_in: reward`, a token's penalty is that of itself and what follows, not that of the whole
+    # answer.
+    kl_to_go: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -97,15 +103,29 @@ class RlConfig(Section, ABC):
         """Whether the loss asks for the log-probs of `policy.reference`."""
         return self.kl_beta > 0
 
-    @field_validator("kl_estimator")
-    @classmethod
-    def _has_a_gradient(cls, value: str) -> str:
-        if value == "k1":
+    @property
+    def estimator(self) -> str:
+        """`kl_estimator`, or the one for where the penalty is."""
+        return self.kl_estimator or ("k3_k2" if self.kl_in == "loss" else "k1")
+
+    @property
+    def penalised_rewards(self) -> bool:
+        """Whether the policy makes the advantages: of rewards less the KL, which the controller does not
+        know."""
+        return self.kl_beta > 0 and self.kl_in == "reward"
+
+    @model_validator(mode="after")
+    def _estimator_fits(self) -> RlConfig:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
-                "must not be k1 in the loss, where its gradient is 0 on average and it would only add noise; "
-                "k3_k2 has the value of k3 and the gradient of the KL"
+                "kl_estimator must not be k1 in the loss, where its gradient is 0 on average and it would "
+                "only add noise: use k3_k2 (the value of k3, the gradient of the KL), or kl_in: reward"
             )
-        return value
+        if self.kl_in == "reward" and self.kl_estimator == "k3_k2":
+            raise ValueError(
+                "kl_estimator k3_k2 differs from k3 in its gradient, and a reward has none: say k3"
+            )
+        return self
 
     @field_validator("group_size")
     @classmethod
@@ -120,7 +140,7 @@ class RlConfig(Section, ABC):
     def _correction_fits_proximal(self) -> RlConfig:
         if self.proximal == "sampler" and self.correction.kind == "none":
             raise ValueError(
-                "correction.kind none needs proximal: recompute "
+                "correction.kind none needs proximal: recompute or interpolate "
                 "(with proximal: sampler the ratio itself is the correction)"
             )
         return self
@@ -177,7 +197,7 @@ class Truncation(RlConfig):
 
     @model_validator(mode="after")
     def _cap_is_used(self) -> Truncation:
-        used = self.proximal == "recompute"
+        used = self.proximal != "sampler"
         if not used and self.correction.cap != Correction.model_fields["cap"].default:
             raise ValueError("correction.cap does nothing with proximal: sampler; the weight's cap is is_cap")
         return self
@@ -255,6 +275,7 @@ class RlooConfig(Truncation):
 class ReinforcePpConfig(Clip):
     """Rewards whitened over the whole batch, no groups needed."""
 
+    kl_to_go: ClassVar[bool] = True
     group_size: Positive = 1
 
     @property
@@ -265,6 +286,7 @@ class ReinforcePpConfig(Clip):
 class ReinforcePpBaselineConfig(Clip):
     """The group's mean as baseline, and the deviation of the whole batch."""
 
+    kl_to_go: ClassVar[bool] = True
     min_group: ClassVar[int] = 2
 
     @property
@@ -276,6 +298,14 @@ class MaxRlConfig(Clip):
     """Advantages over the group's mean: rare successes count most."""
 
     min_group: ClassVar[int] = 2
+
+    @model_validator(mode="after")
+    def _rewards_stay_positive(self) -> MaxRlConfig:
+        if self.kl_in == "reward":
+            raise ValueError(
+                "kl_in must be loss with maxrl: it divides by rewards, which a penalty makes negative"
+            )
+        return self
 
     @property
     def advantage(self) -> str:

@@ -6,8 +6,8 @@ sg = no gradient, every algorithm's loss (to be minimised) is
     sum over tokens  weight * ( -c * gain(r, A)  -  positive_nll * [A > 0] * l  +  kl_beta * KL )
 
     weight   mask over the step's denominator (`base.token_weights`)
-    r        exp(l - p) of the token, or of its sequence (mean of l - p); p = m (`proximal: sampler`) or
-             sg(l) at the start of the step (`proximal: recompute`)
+    r        exp(l - p) of the token, or of its sequence (mean of l - p); p = m (`proximal: sampler`), l at
+             the start of the step (`recompute`), or between m and sg(l) by versions (`interpolate`)
     gain     `clipped` or `truncated` below: what an algorithm chooses
     c        the off-policy correction: weight and mask of rho = exp(p - m), without gradient
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from hpc_rl.algorithms.base import LossOutput, TokenBatch, drop_unusable, token_weights
 from hpc_rl.algorithms.config import Correction, RlConfig
 
+MAX_K3 = 10.0  # one token that the policy all but ruled out would outweigh a whole step
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: far outside any clip, and still finite in fp32 when squared
 
 
@@ -79,11 +80,26 @@ def usable_tokens(batch: TokenBatch, log_probs: Tensor, proximal: str) -> Tokens
     sampler = torch.where(kept, batch.sampler_log_probs, zero)
     if proximal == "sampler":
         against = sampler
+    elif proximal == "interpolate":
+        against = torch.lerp(sampler, current.detach(), interpolation(batch, current))
     else:
         start = batch.proximal_log_probs
         against = current.detach() if start is None else torch.where(kept, start, zero)
     advantages = torch.where(kept, batch.advantages, zero)
     return Tokens(current, sampler, against, advantages, mask, batch.sequence, batch.num_sequences)
+
+
+def interpolation(batch: TokenBatch, like: Tensor) -> Tensor:
+    """alpha [N] of p = m + alpha (sg(l) - m): how much of the way from the weights that sampled a token,
+    version v, to the present ones was gone when the step began: (v_p - v) / (v_p + progress - v) (AReaL,
+    arXiv:2505.24298).
+
+    1 before the first update, where p = l, whatever the version: on-policy tokens have 0 / 0 there. A token
+    that the weights of the step's start sampled has 0 after it: those weights are its proximal policy."""
+    if batch.progress == 0 or batch.versions is None:
+        return torch.ones_like(like)
+    age = (batch.start_version - batch.versions.to(like.dtype)).clamp(min=0.0)
+    return age / (age + batch.progress)
 
 
 # --- ratios ------------------------------------------------------------------------------------------
@@ -154,7 +170,7 @@ CORRECTIONS = {"tis": _tis, "icepop": _icepop, "sequence_mask": _sequence_mask, 
 @torch.no_grad()
 def correction(tokens: Tokens, config: RlConfig) -> tuple[Tensor, Tensor]:
     """`(factor [N] of each token's gain, mask [N] of the tokens it leaves in)`; see the module."""
-    separate = config.proximal == "recompute"
+    separate = config.proximal != "sampler"
     log_rho = (tokens.proximal if separate else tokens.current) - tokens.sampler
     weight, kept = CORRECTIONS[config.correction.kind](tokens, log_rho, config.correction)
     if config.off_policy_mask is not None:
@@ -175,7 +191,7 @@ def kl_penalty(estimator: str, current: Tensor, reference: Tensor) -> Tensor:
     d = (reference - current).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if estimator == "k1":
         return -d
-    k2, k3 = d.square() / 2, torch.exp(d) - d - 1
+    k2, k3 = d.square() / 2, (torch.exp(d) - d - 1).clamp(max=MAX_K3)
     found = {"k2": k2, "k3": k3, "k3_k2": k2 + (k3 - k2).detach()}
     if estimator not in found:
         raise ValueError(f"unknown KL estimator {estimator!r}; known: k1, {', '.join(found)}")
@@ -200,9 +216,12 @@ def policy_loss(
     if config.positive_nll > 0:
         good = (tokens.advantages > 0).to(weights.dtype)
         loss = loss - config.positive_nll * (weights * good * tokens.current).sum()
-    penalty = reference_penalty(batch, tokens, config)
-    if penalty is not None:
-        loss = loss + config.kl_beta * (weights * penalty).sum()
+    penalty = None
+    if config.kl_beta > 0:
+        of = tokens.sampler if config.penalised_rewards else tokens.current
+        penalty = reference_penalty(batch, of, tokens.mask, config)
+        if not config.penalised_rewards:
+            loss = loss + config.kl_beta * (weights * penalty).sum()
     # An all-masked micro-batch still has a graph: the other ranks wait for its backward.
     loss = loss + tokens.current.sum() * 0.0
     sums, maxima = _statistics(tokens, found, kept, entropy)
@@ -211,15 +230,13 @@ def policy_loss(
     return LossOutput(loss, sums, maxima)
 
 
-def reference_penalty(batch: TokenBatch, tokens: Tokens, config: RlConfig) -> Tensor | None:
-    """The KL estimate of each token [N], 0 where the mask is 0; None without a penalty."""
-    if config.kl_beta == 0:
-        return None
+def reference_penalty(batch: TokenBatch, of: Tensor, mask: Tensor, config: RlConfig) -> Tensor:
+    """The KL estimate of each token [N] from log-probs `of` the policy, 0 where the mask is 0."""
     assert batch.reference_log_probs is not None
-    # What the reference cannot score is not penalised; `current` is 0 where the mask is.
-    usable = (tokens.mask > 0) & ~torch.isnan(batch.reference_log_probs)
-    reference = torch.where(usable, batch.reference_log_probs, tokens.current.detach())
-    return kl_penalty(config.kl_estimator, tokens.current, reference) * usable.to(tokens.mask.dtype)
+    # What the reference cannot score is not penalised.
+    usable = (mask > 0) & ~torch.isnan(batch.reference_log_probs)
+    reference = torch.where(usable, batch.reference_log_probs.to(of.dtype), of.detach())
+    return kl_penalty(config.estimator, of, reference) * usable.to(of.dtype)
 
 
 @torch.no_grad()

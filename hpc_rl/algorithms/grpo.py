@@ -9,9 +9,10 @@ With l = trainer log-prob, m = log-prob recorded by the sampler, p = proximal lo
 `sampler` clips against the policy that really made the token: the ratio both corrects for staleness and
 for the sampler's numerics, and bounds the step; a further weight exp(p - m) would count the same
 correction twice. `recompute` is decoupled PPO (Hilton et al. 2021, arXiv:2110.00641) with truncated
-importance sampling: p is the trainer's own log-prob at the start of the step. With one optimizer step
-per batch p = sg(l), so r = 1, the clip is idle, and the loss is -w A l: REINFORCE with a truncated
-weight. `correction: none` (only with `recompute`) sets w = 1 and ignores the sampler's log-probs.
+importance sampling: p is the trainer's own log-prob at the start of the step. In the step's first update
+p = sg(l), so r = 1, the clip is idle, and the loss is -w A l: REINFORCE with a truncated weight.
+`interpolate` is the same with an estimate of p (`algorithms.core.interpolation`). `correction: none` (not
+with `sampler`) sets w = 1 and ignores the sampler's log-probs.
 
 Tokens whose sampler log-prob is not finite leave the mask and the denominator (whoever counts the
 denominator does the same: `algorithms.base.loss_denominator`, and the controller for a run).

@@ -117,8 +117,18 @@ class MicroBatch(msgspec.Struct, forbid_unknown_fields=True):
     samples: list[TrainSample]
 
 
+class MiniBatch(msgspec.Struct, forbid_unknown_fields=True):
+    """The micro-batches `[start, end)` of a step: one optimizer update, with its own loss denominator (0: on no
+    rank is there anything to train on)."""
+
+    start: int
+    end: int
+    denominator: float
+
+
 class TrainStep(_Message):
-    """Run optimizer step `step` (1-based) on this rank's micro-batches.
+    """Run step `step` (1-based) on this rank's micro-batches: one optimizer update, or one for each of
+    `mini_batches`.
 
     All ranks get the same number of micro-batches (an empty one still takes part in collectives).
     `denominator` is the loss denominator over all ranks and micro-batches, counted after all masks
@@ -129,6 +139,7 @@ class TrainStep(_Message):
     step: int
     micro_batches: list[MicroBatch] = []
     denominator: float = 0.0
+    mini_batches: list[MiniBatch] = []
 
 
 class PushWeights(_Message):

@@ -15,9 +15,10 @@ import numpy as np
 
 from hpc_rl.algorithms.advantages import FloatArray, has_signal, overlong_penalty, step_advantages
 from hpc_rl.algorithms.denominators import step_denominator
-from hpc_rl.bus.messages import MicroBatch, TrainStep
+from hpc_rl.bus.messages import MicroBatch, MiniBatch, TrainStep
 from hpc_rl.data.packing import pack, pack_fixed
-from hpc_rl.types import PromptGroup, TrainSample, Trajectory
+from hpc_rl.data.prompt_rows import has_media
+from hpc_rl.types import PromptGroup, TrainSample, Trajectory, VersionSpan
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,13 @@ class BatchOptions:
     micro_batch_size: int | None
     aggregation: str  # of algorithms.denominators
     advantage: str = "group_std"  # of algorithms.advantages
+    rewards_alone: bool = False  # the samples carry rewards: the policy makes the advantages
     loss_length: int | None = None  # what constant_length divides each sequence by
     drop_zero_variance: bool = False
     max_tokens: int = 0
     overlong_buffer: int = 0  # of max_tokens
+    mini_batches: int = 1  # optimizer updates that a step's samples are split into
+    seed: int = 0  # of that split
 
     @classmethod
     def of(cls, algorithm: Any, *, max_tokens: int, **packing: Any) -> BatchOptions:
@@ -42,6 +46,7 @@ class BatchOptions:
         return cls(
             aggregation=algorithm.loss_aggregation,
             advantage=algorithm.advantage,
+            rewards_alone=algorithm.penalised_rewards,
             loss_length=algorithm.loss_length or max_tokens,
             drop_zero_variance=algorithm.drop_zero_variance,
             max_tokens=max_tokens,
@@ -50,9 +55,9 @@ class BatchOptions:
         )
 
 
-def to_sample(trajectory: Trajectory, advantage: float) -> TrainSample:
-    """Prompt + answer as one sequence. Tokens with a non-finite sampler log-prob leave the mask, and so do
-    all tokens of an answer that could not be scored (reward NaN)."""
+def to_sample(trajectory: Trajectory, advantage: float, row: int = -1) -> TrainSample:
+    """Prompt + answer as one sequence; `row` is that of a prompt with media. Tokens with a non-finite sampler
+    log-prob leave the mask, and so do all tokens of an answer that could not be scored (reward NaN)."""
     before = len(trajectory.prompt_ids)
     mask = trajectory.loss_mask or [1] * len(trajectory.token_ids)
     scored = not math.isnan(trajectory.reward)
@@ -66,6 +71,8 @@ def to_sample(trajectory: Trajectory, advantage: float) -> TrainSample:
         log_probs=[0.0] * before + log_probs,
         advantages=[0.0] * before + [advantage * m for m in mask],
         version=trajectory.oldest_version,
+        spans=[VersionSpan(s.version, before + s.start, before + s.end) for s in trajectory.spans],
+        row=row,
     )
 
 
@@ -88,14 +95,24 @@ def kept_groups(groups: list[PromptGroup], options: BatchOptions) -> list[Prompt
 
 
 def make_samples(groups: list[PromptGroup], options: BatchOptions) -> list[TrainSample]:
-    """Advantages (they need rewards alone), then one sample per trajectory, in order."""
+    """Advantages (they need rewards alone), then one sample per trajectory, in order. With
+    `options.rewards_alone` the rewards are where advantages are, 0 where scoring failed."""
     kept = kept_groups(groups, options)
-    advantages = step_advantages(options.advantage, [shaped_rewards(group, options) for group in kept])
+    rewards = [shaped_rewards(group, options) for group in kept]
+    if options.rewards_alone:
+        advantages = [np.nan_to_num(group, nan=0.0) for group in rewards]
+    else:
+        advantages = step_advantages(options.advantage, rewards)
     return [
-        to_sample(trajectory, float(advantage))
+        to_sample(trajectory, float(advantage), media_row_of(group))
         for group, values in zip(kept, advantages, strict=True)
         for trajectory, advantage in zip(group.trajectories, values, strict=True)
     ]
+
+
+def media_row_of(group: PromptGroup) -> int:
+    """The row of the data whose media the learner must read for this group; -1 where there are none."""
+    return group.prompt.row if has_media(group.prompt.content) else -1
 
 
 def loss_denominator(samples: list[TrainSample], aggregation: str, loss_length: int | None = None) -> float:
@@ -112,20 +129,42 @@ def train_steps(step: int, samples: list[TrainSample], options: BatchOptions) ->
     denominator = loss_denominator(samples, options.aggregation, options.loss_length)
     if denominator == 0:
         return [TrainStep(step) for _ in range(options.data_parallel * options.ranks_per_replica)]
+    parts = _mini_batches(step, samples, options)
+    plans = [_packed(part, options) for part in parts]
+    mini_batches: list[MiniBatch] = []
+    for part, plan in zip(parts, plans, strict=True):
+        start = mini_batches[-1].end if mini_batches else 0
+        counted = loss_denominator(part, options.aggregation, options.loss_length)
+        mini_batches.append(MiniBatch(start, start + len(plan[0]), counted))
+    commands = []
+    for rank in range(options.data_parallel):
+        command = TrainStep(
+            step=step,
+            micro_batches=[MicroBatch(samples) for plan in plans for samples in plan[rank]],
+            denominator=denominator,
+            mini_batches=mini_batches if len(mini_batches) > 1 else [],
+        )
+        commands += [command] * options.ranks_per_replica
+    return commands
+
+
+def _mini_batches(step: int, samples: list[TrainSample], options: BatchOptions) -> list[list[TrainSample]]:
+    """The step's samples, shuffled by seed and step, in parts of one size (or one less)."""
+    if options.mini_batches == 1:
+        return [samples]
+    order = np.random.default_rng((options.seed, step)).permutation(len(samples))
+    parts = np.array_split(order, min(options.mini_batches, len(samples)))
+    return [[samples[i] for i in sorted(part.tolist())] for part in parts]
+
+
+def _packed(samples: list[TrainSample], options: BatchOptions) -> list[list[list[TrainSample]]]:
+    """`result[rank][micro_batch]`, equally many for all ranks."""
     lengths = [len(sample.token_ids) for sample in samples]
     if options.micro_batch_size is not None:
         plan = pack_fixed(lengths, options.micro_batch_size, options.data_parallel)
     else:
         plan = pack(lengths, options.micro_batch_tokens or max(lengths), options.data_parallel)
-    commands = []
-    for micro_batches in plan:
-        command = TrainStep(
-            step=step,
-            micro_batches=[MicroBatch([samples[i] for i in indices]) for indices in micro_batches],
-            denominator=denominator,
-        )
-        commands += [command] * options.ranks_per_replica
-    return commands
+    return [[[samples[i] for i in indices] for indices in rank] for rank in plan]
 
 
 @dataclass(frozen=True)
@@ -152,7 +191,7 @@ class PreparedStep:
         """`dropped` were generated and teach nothing: they count in the means of rewards and lengths."""
         samples = make_samples(groups, options)
         everything = [*groups, *dropped]
-        signal = groups_with_signal(everything, samples)
+        signal = None if options.rewards_alone else groups_with_signal(everything, samples)
         metrics = {**rollout_metrics(everything, step - 1, signal), "rollout/groups": float(len(groups))}
         return cls(step, train_steps(step, samples, options), metrics | staleness(groups, step - 1))
 

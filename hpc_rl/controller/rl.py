@@ -84,6 +84,8 @@ class RlController(Controller):
             ranks_per_replica=mesh.tp * mesh.pp * mesh.cp,
             micro_batch_tokens=recipe.policy.micro_batch_tokens,
             micro_batch_size=recipe.policy.micro_batch_size,
+            mini_batches=recipe.policy.updates.mini_batches,
+            seed=recipe.seed,
         )
         self.evaluator = evaluator_of(recipe, base)
         self.recorder = make_recorder(self.role, self.total_steps, restored=step)

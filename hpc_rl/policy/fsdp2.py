@@ -27,6 +27,7 @@ from hpc_rl.policy.preference import evaluate_pairs
 from hpc_rl.policy.profiling import StepProfiler
 from hpc_rl.policy.reference import Reference, make_reference
 from hpc_rl.policy.restore import Restorer, stage_file
+from hpc_rl.policy.rl_media import RlMedia
 from hpc_rl.policy.sft_data import SftData, total_steps
 from hpc_rl.policy.sft_open import open_sft_data
 from hpc_rl.policy.state import TrainingState
@@ -48,6 +49,7 @@ class Fsdp2Trainer:
     ema: WeightAverage | None = None
     reference: Reference | None = None
     rollouts: RolloutUpdates | None = None
+    media: RlMedia | None = None
 
     def __init__(self, context: TrainerContext) -> None:
         self.context, self.recipe = context, context.recipe
@@ -98,6 +100,7 @@ class Fsdp2Trainer:
         self.runner = StepRunner(self.model, self.algorithm, ranks, self.model.sharded, self.reference)
         if recipe.kind == "rl":
             self.rollouts = self._make_rollouts()
+            self.media = RlMedia(recipe, self.context.run_dir, ranks, needs_media=self.model.needs_media)
         if recipe.policy.ema is not None:
             self.ema = WeightAverage(self.model.module, recipe.policy.ema)
         self.timer = StepTimer(self.device)
@@ -132,7 +135,7 @@ class Fsdp2Trainer:
 
     def _make_rollouts(self) -> RolloutUpdates:
         options = dict(self.recipe.algorithm)
-        config = registry("algorithms").config(str(options["name"]), options)
+        config = registry("algorithms").config(str(options.get("name", "grpo")), options)
         return RolloutUpdates(self.runner, config, self.recipe.policy.updates, self.recipe.seed)
 
     def _count_steps(self) -> None:
@@ -189,6 +192,8 @@ class Fsdp2Trainer:
             micro_batches, denominator = self.sft.micro_batches(command.step, self.dp_rank)
             return [Update(micro_batches, denominator)] if denominator > 0 else []
         assert self.rollouts is not None
+        if self.media is not None:
+            self.media.fill([micro_batch.samples for micro_batch in command.micro_batches])
         return self.rollouts.of(command)
 
     def _update(self, step: int, update: Update) -> Reduced:
@@ -312,6 +317,8 @@ class Fsdp2Trainer:
         self.exports.close()
         if self.sft is not None:
             self.sft.close()
+        if self.media is not None:
+            self.media.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

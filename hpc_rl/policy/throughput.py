@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -45,22 +46,22 @@ class StepTimer:
 
     def metrics(self) -> dict[str, float]:
         """After the last mark."""
-        found: dict[str, float] = {}
+        found: dict[str, float] = defaultdict(float)  # a step of several updates has its marks several times
         before = self._began
         for name, moment in self._host:
             if name == "data" or not self._cuda:
-                found[f"time/{name}_s"] = moment - before
+                found[f"time/{name}_s"] += moment - before
             before = moment
         if not self._cuda:
-            return found
+            return dict(found)
         self._events[-2][1].synchronize()  # of the mark after the step's wait: it has passed, or is about to
         if self._late is not None:
             name, start, end = self._late
-            found[f"time/{name}_s"] = start.elapsed_time(end) / 1000
+            found[f"time/{name}_s"] += start.elapsed_time(end) / 1000
         for (_, start), (name, end) in zip(self._events[1:-2], self._events[2:-1], strict=True):
-            found[f"time/{name}_s"] = start.elapsed_time(end) / 1000
+            found[f"time/{name}_s"] += start.elapsed_time(end) / 1000
         self._late = (self._events[-1][0], self._events[-2][1], self._events[-1][1])
-        return found
+        return dict(found)
 
     def seconds(self) -> float:
         """The host's time from `begin` to now."""

@@ -1,4 +1,4 @@
-"""Checks of how the policy learns: the reference model."""
+"""Checks of how the policy learns: the reference model, several updates per step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from hpc_rl.recipe.extensions import UnknownExtension
 from hpc_rl.recipe.reference_model import reference_mode
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.recipe.schema import Reference as ReferenceOptions
+from hpc_rl.recipe.schema import Updates as UpdatesOptions
 from hpc_rl.recipe.yaml_source import KeyPath, RecipeError
 
 Found = Iterator[tuple[KeyPath, str]]
 
 
 def check_learner(recipe: Recipe) -> Found:
-    """`policy.reference` against the algorithm, the model and itself."""
+    """`policy.reference` and `policy.updates` against the algorithm, the model and themselves."""
+    yield from _updates(recipe)
     try:
         mode = reference_mode(recipe)
     except (RecipeError, UnknownExtension, ImportError, TypeError):  # said where the algorithm is
@@ -32,6 +34,15 @@ def check_learner(recipe: Recipe) -> Found:
         yield (*path, "reset_every"), text
     if mode == "lora_off":
         yield from _without_adapters(recipe)
+
+
+def _updates(recipe: Recipe) -> Found:
+    options, path = recipe.policy.updates, ("policy", "updates")
+    if recipe.kind != "rl" and options != UpdatesOptions():
+        yield path, f"belongs to kind rl; in kind {recipe.kind} a step is one update: set policy.batch_size"
+    elif options.mini_batches > recipe.policy.batch_size:
+        text = f"is {options.mini_batches}; must be at most policy.batch_size {recipe.policy.batch_size}"
+        yield (*path, "mini_batches"), text
 
 
 def _without_adapters(recipe: Recipe) -> Found:

@@ -215,6 +215,13 @@ class Reference(Section):
     cpu_offload: bool = False
 
 
+class Updates(Section):
+    """Optimizer updates of one step on rollouts: its trajectories in `mini_batches` parts, `epochs` times."""
+
+    mini_batches: Positive = 1
+    epochs: Positive = 1
+
+
 class Policy(Section):
     """`batch_size` counts sequences; `batch_tokens` makes batches of about so many tokens instead, packed
     best-fit decreasing into rows of `micro_batch_tokens` as the rows come."""
@@ -233,6 +240,7 @@ class Policy(Section):
     cpu_offload: bool = False
     ema: Ema | None = None
     reference: Reference = Reference()
+    updates: Updates = Updates()
     guard: Guard = Guard()
     profile: Profile | None = None
     trainer_options: dict[str, Any] = {}
@@ -245,11 +253,17 @@ class RolloutParallel(Section):
 
 class WeightSync(Section):
     """`lora` is what a run with `model.lora` sends: whole merged weights, or the adapter alone, which the
-    engines keep beside the weights they loaded (auto: the adapter where that is proven to be the same)."""
+    engines keep beside the weights they loaded (auto: the adapter where that is proven to be the same).
+
+    With `overlap` weights leave while the next step runs and arrive while generation goes on (null: yes, but
+    with nccl); `mode: delta` sends what changed in bfloat16 weights. Both keep copies on the hosts.
+    """
 
     transport: str = "auto"  # auto | nccl | gloo | a plugin's
     lora: Literal["auto", "merged", "adapter"] = "auto"
-    bucket_mb: Positive = 256
+    mode: Literal["full", "delta"] = "full"
+    overlap: bool | None = None
+    bucket_mb: Positive = 64
     timeout_s: float = Field(default=300.0, gt=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hpc_rl.algorithms.base import TokenBatch
@@ -11,7 +13,8 @@ def make_batch(
     lengths: list[int], seed: int, dtype: torch.dtype = torch.float64, *, noise: float = 0.4
 ) -> tuple[TokenBatch, torch.Tensor]:
     """Sequences of so many tokens, about a third of them masked, and trainer log-probs [N] that need a
-    gradient; the sampler's differ from them by `noise`."""
+    gradient; the sampler's differ from them by `noise`, the reference's by 0.3. The tokens are of versions
+    0 to 3, the step began with 3 and half of it is gone."""
     generator = torch.Generator().manual_seed(seed)
     n = sum(lengths)
     draw = lambda: torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
@@ -22,6 +25,9 @@ def make_batch(
     mask = (torch.rand(n, generator=generator) > 0.3).to(dtype)
     targets = torch.zeros(n, dtype=torch.long)
     batch = TokenBatch(targets, mask, sequence, len(lengths), 0.0, sampler, advantages)
+    batch.reference_log_probs = log_probs + 0.3 * draw()
+    batch.versions = torch.randint(0, 4, (n,), generator=generator).to(dtype)
+    batch.start_version, batch.progress = 3.0, 0.5
     return batch, log_probs.requires_grad_()
 
 
@@ -34,7 +40,14 @@ def split(batch: TokenBatch, parts: list[list[int]]) -> list[tuple[TokenBatch, t
         )
         order = {s: i for i, s in enumerate(part)}
         sequence = torch.tensor([order[int(s)] for s in batch.sequence[index]], dtype=torch.long)
-        pieces = [t[index] for t in (batch.sampler_log_probs, batch.advantages)]
-        micro = TokenBatch(batch.targets[index], batch.mask[index], sequence, len(part), 0.0, *pieces)
-        result.append((micro, index))
+        result.append((pick(batch, index, sequence, len(part)), index))
     return result
+
+
+PER_TOKEN = ("targets", "mask", "sampler_log_probs", "advantages", "reference_log_probs", "versions")
+
+
+def pick(batch: TokenBatch, index: torch.Tensor, sequence: torch.Tensor, num_sequences: int) -> TokenBatch:
+    """The tokens `index` alone, of so many sequences."""
+    pieces = {name: getattr(batch, name)[index] for name in PER_TOKEN}
+    return replace(batch, **pieces, sequence=sequence, num_sequences=num_sequences, denominator=0.0)

@@ -13,7 +13,7 @@ from hpc_rl.algorithms.denominators import AGGREGATIONS
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.recipe.yaml_source import RecipeError
 
-RL = sorted(set(registry("algorithms").names()) - {"sft"})
+RL = sorted(set(registry("algorithms").names()) - {"sft", "dpo"})
 
 
 def config(name: str, **options: Any) -> RlConfig:
@@ -61,7 +61,9 @@ def test_defaults_correct_what_is_off_policy_and_name_what_there_is(name: str) -
         ("dapo", {"loss_length": 100}, "loss_length belongs to loss_aggregation: constant_length"),
         ("rloo", {"group_size": 1}, "group_size: is 1; must be at least 2: an answer's advantage is against"),
         ("reinforce_pp", {"drop_zero_variance": True}, "drop_zero_variance needs group_size of 2 or more"),
-        ("maxrl", {"kl_beta": 0.1, "kl_estimator": "k1"}, "\"k1\"; must not be k1 in the loss"),
+        ("maxrl", {"kl_beta": 0.1, "kl_estimator": "k1"}, "kl_estimator must not be k1 in the loss"),
+        ("grpo", {"kl_in": "reward", "kl_estimator": "k3_k2"}, "k3_k2 differs from k3 in its gradient"),
+        ("maxrl", {"kl_in": "reward"}, "kl_in must be loss with maxrl"),
         ("dapo", {"top_p": 0.9}, "must be 1.0: engines renormalise"),
     ],
 )  # fmt: skip

@@ -165,6 +165,45 @@ def with_positive_nll(batch: TokenBatch, lp: Tensor) -> Tensor:
     return clipped()(batch, lp) + 0.1 * imitate
 
 
+def interpolated(batch: TokenBatch, lp: Tensor) -> Tensor:
+    """Decoupled PPO with AReaL's proximal log-prob (arXiv:2505.24298), cap 2."""
+    m, a, v = batch.sampler_log_probs, batch.advantages, batch.versions
+
+    def loss(t: int) -> Tensor:
+        began, now = batch.start_version, batch.start_version + batch.progress
+        alpha = (began - float(v[t])) / (now - float(v[t]))
+        p = m[t] + alpha * (lp[t].detach() - m[t])
+        weight = torch.exp(p - m[t]).clamp(max=2.0)
+        return -weight * ppo(torch.exp(lp[t] - p), a[t], 0.2, 0.2)
+
+    return token_mean(batch, lp, loss)
+
+
+def held(penalty: Callable[[Tensor], Tensor], beta: float) -> Callable[[TokenBatch, Tensor], Tensor]:
+    """GRPO with its KL (arXiv:2402.03300): `penalty` of d = reference - l, a mean over tokens."""
+
+    def loss(batch: TokenBatch, lp: Tensor) -> Tensor:
+        ref = batch.reference_log_probs
+        return clipped()(batch, lp) + beta * token_mean(batch, lp, lambda t: penalty(ref[t] - lp[t]))
+
+    return loss
+
+
+def k2(d: Tensor) -> Tensor:
+    return d * d / 2
+
+
+def k3(d: Tensor) -> Tensor:
+    """Schulman 2020, Approximating KL divergence."""
+    return torch.exp(d) - 1 - d
+
+
+def k3_k2(d: Tensor) -> Tensor:
+    """The value of k3; the derivative of d^2 / 2 is d."""
+    return k3(d).detach() + (d - d.detach()) * d.detach()
+
+
+BETA = 0.02
 RECOMPUTE = {"proximal": "recompute"}
 # case -> (algorithm, its options, the written loss)
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[TokenBatch, Tensor], Tensor]]] = {
@@ -191,5 +230,9 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[TokenBatch, Tensor], Tenso
         decoupled(sequence_mask),
     ),
     "grpo, off-policy mask": ("grpo", {"off_policy_mask": 0.05}, off_policy_masked),
+    "grpo, interpolate": ("grpo", {"proximal": "interpolate"}, interpolated),
+    "grpo, KL": ("grpo", {"kl_beta": BETA}, held(k3_k2, BETA)),
+    "grpo, KL k2": ("grpo", {"kl_beta": BETA, "kl_estimator": "k2"}, held(k2, BETA)),
+    "grpo, KL k3": ("grpo", {"kl_beta": BETA, "kl_estimator": "k3"}, held(k3, BETA)),
     "grpo, positive NLL": ("grpo", {"positive_nll": 0.1}, with_positive_nll),
 }

@@ -170,3 +170,12 @@ def test_advantages_over_the_batch_and_a_constant_length() -> None:
     )
     assert prepared.commands[0].denominator == 150
     assert prepared.metrics["rollout/zero_variance_groups"] == 0.0
+
+
+def test_where_the_policy_makes_the_advantages_samples_carry_rewards() -> None:
+    groups = [group(0, [1.0, 0.0, math.nan, 0.5]), group(1, [0.25] * 4)]
+    made = make_samples(groups, options(rewards_alone=True))
+    assert [sample.advantages[-1] for sample in made] == [1.0, 0.0, 0.0, 0.5, 0.25, 0.25, 0.25, 0.25]
+    assert not any(made[2].loss_mask), "what could not be scored is not trained on, whatever it says here"
+    step = PreparedStep.of(1, groups, options(rewards_alone=True))
+    assert step.metrics["rollout/zero_variance_groups"] == 0.5
