@@ -7,7 +7,7 @@ fetched is pinned: the commit of every repository is returned, to be written int
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from hpc_rl.catalog.local_models import find_snapshot, hub_cache, is_local
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.load import LoadedRecipe
 from hpc_rl.recipe.schema import DatasetSpec
+from hpc_rl.recipe.yaml_source import KeyPath, dotted
 
 # Weights in other formats than safetensors are not fetched where safetensors are there.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*", "original/*")
@@ -125,10 +126,24 @@ def repositories(loaded: LoadedRecipe) -> list[Repository]:
     if reference.path is not None and reference.path != model.path:
         where = loaded.where("policy", "reference", "path")
         found.append(Repository("model", reference.path, reference.revision, "policy.reference.path", where))
+    for name, revision, path in _served(loaded):
+        if (name, revision) not in [(r.name, r.revision) for r in found]:
+            found.append(Repository("model", name, revision, dotted(path), loaded.where(*path)))
     for key, spec in (("data.train.path", data.train), ("data.eval.path", data.eval)):
         if spec is not None and (spec.path, spec.revision) not in [(r.name, r.revision) for r in found]:
             found.append(Repository("dataset", spec.path, spec.revision, key, loaded.where(*key.split("."))))
     return found
+
+
+def _served(loaded: LoadedRecipe) -> Iterator[tuple[str, str | None, KeyPath]]:
+    """Of the models that the groups `reward` and `teacher` serve: name, revision, key."""
+    for index, item in enumerate(loaded.recipe.reward):
+        if item["name"] == "model":
+            yield item["path"], item["revision"], ("reward", index, "path")
+            if item["tokenizer"] is not None:
+                yield item["tokenizer"], None, ("reward", index, "tokenizer")
+    if loaded.recipe.teacher is not None:
+        yield loaded.recipe.teacher.path, loaded.recipe.teacher.revision, ("teacher", "path")
 
 
 def _present(repository: Repository, site: Site) -> Fetched | None:

@@ -31,28 +31,28 @@ _TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spe
 def check_model(loaded: LoadedRecipe, site: Site) -> list[Finding]:
     """Config, weights and tokenizer are on this machine, whole, at the recipe's revision."""
     model = loaded.recipe.model
-    findings = _repository(loaded, model.path, model.revision, site, "model", "path")
+    findings = repository(loaded, model.path, model.revision, site, "model", "path")
     if any(finding.level == "error" for finding in findings):
         return findings
-    folder = _folder(model.path, model.revision, site)
+    folder = folder_of(model.path, model.revision, site)
     assert folder is not None
     where = place(loaded, "model", "path")
     if not (folder / "config.json").is_file():
         return [Finding("error", where, f"{folder} has no config.json", "it must be a Transformers model")]
-    findings += _config(folder, where)
-    findings += _weights(folder, where)
+    findings += check_config(folder, where)
+    findings += check_weights(folder, where)
     tokenizer = folder
     if model.tokenizer is not None:
-        found = _repository(loaded, model.tokenizer, None, site, "model", "tokenizer")
+        found = repository(loaded, model.tokenizer, None, site, "model", "tokenizer")
         findings += found
-        other = _folder(model.tokenizer, None, site)
+        other = folder_of(model.tokenizer, None, site)
         if other is None or any(finding.level == "error" for finding in found):
             return findings
         tokenizer, where = other, place(loaded, "model", "tokenizer")
     if not any((tokenizer / name).is_file() for name in _TOKENIZER):
         fix = "set model.tokenizer to a folder or Hub name that has one"
         findings.append(Finding("error", where, f"{tokenizer} has no tokenizer files", fix))
-    return findings + _tokenizer(tokenizer, where) + _reference(loaded, site)
+    return findings + check_tokenizer(tokenizer, where) + _reference(loaded, site)
 
 
 def _reference(loaded: LoadedRecipe, site: Site) -> list[Finding]:
@@ -60,17 +60,17 @@ def _reference(loaded: LoadedRecipe, site: Site) -> list[Finding]:
     options = loaded.recipe.policy.reference
     if options.path is None:
         return []
-    findings = _repository(loaded, options.path, options.revision, site, "policy", "reference", "path")
-    folder = _folder(options.path, options.revision, site)
+    findings = repository(loaded, options.path, options.revision, site, "policy", "reference", "path")
+    folder = folder_of(options.path, options.revision, site)
     if folder is None or any(finding.level == "error" for finding in findings):
         return findings
     where = place(loaded, "policy", "reference", "path")
     if not (folder / "config.json").is_file():
         return [Finding("error", where, f"{folder} has no config.json", "it must be a Transformers model")]
-    return findings + _config(folder, where) + _weights(folder, where)
+    return findings + check_config(folder, where) + check_weights(folder, where)
 
 
-def _config(folder: Path, where: str) -> list[Finding]:
+def check_config(folder: Path, where: str) -> list[Finding]:
     """config.json (and generation_config.json) are JSON, and the sizes are those of a model."""
     try:
         mistakes = config_mistakes(read_json(folder / "config.json"))
@@ -81,7 +81,7 @@ def _config(folder: Path, where: str) -> list[Finding]:
     return [Finding("error", where, f"{folder}/config.json: {mistake}") for mistake in mistakes]
 
 
-def _tokenizer(folder: Path, where: str) -> list[Finding]:
+def check_tokenizer(folder: Path, where: str) -> list[Finding]:
     """The tokenizer's JSON files are JSON; tokenizer.json describes a model."""
     try:
         found = {name: read_json(folder / name) for name in _TOKENIZER_JSON if (folder / name).is_file()}
@@ -94,17 +94,19 @@ def _tokenizer(folder: Path, where: str) -> list[Finding]:
     return []
 
 
-def _folder(path: str, revision: str | None, site: Site) -> Path | None:
+def folder_of(path: str, revision: str | None, site: Site) -> Path | None:
+    """The folder of a model on this machine."""
     if is_local(path):
         return Path(path).expanduser()
     return find_snapshot(path, revision, site.paths.hf_home)
 
 
-def _repository(
-    loaded: LoadedRecipe, path: str, revision: str | None, site: Site, *key: str
+def repository(
+    loaded: LoadedRecipe, path: str, revision: str | None, site: Site, *key: str | int
 ) -> list[Finding]:
+    """Whether the model that the recipe names at `key` is a folder here, or in the Hub's cache."""
     where = place(loaded, *key)
-    folder = _folder(path, revision, site)
+    folder = folder_of(path, revision, site)
     if is_local(path):
         if folder is not None and folder.is_dir():
             return [Finding("ok", where, str(folder))]
@@ -118,7 +120,7 @@ def _repository(
     return [Finding("ok", where, f"{path} is cached ({folder.name[:12]})")]
 
 
-def _weights(folder: Path, where: str) -> list[Finding]:
+def check_weights(folder: Path, where: str) -> list[Finding]:
     """Weight files are there, and every safetensors file is as long as its header says."""
     files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)})
     if not files:

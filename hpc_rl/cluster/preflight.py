@@ -18,10 +18,12 @@ from hpc_rl.bus.server import find_binary
 from hpc_rl.cluster.findings import Finding, place
 from hpc_rl.cluster.model_check import check_model
 from hpc_rl.cluster.partitions import check_partitions
+from hpc_rl.cluster.scoring_check import check_scoring
 from hpc_rl.cluster.storage_check import check_storage
+from hpc_rl.plan.groups import scoring_roles
 from hpc_rl.plan.schema import Plan
 from hpc_rl.plan.site import Site
-from hpc_rl.recipe.extensions import registry
+from hpc_rl.recipe.extensions import is_served, registry
 from hpc_rl.recipe.load import LoadedRecipe
 from hpc_rl.recipe.references import MissingAttribute, MissingModule, check_reference
 from hpc_rl.recipe.schema import Recipe
@@ -57,6 +59,7 @@ def file_findings(loaded: LoadedRecipe, site: Site, plan: Plan, recipe: Recipe) 
     """The rungs that look at folders and files only: output, model, extensions, template and images."""
     findings = check_output_root(recipe.output_root, place(loaded, "output_root"))
     findings += check_model(loaded, site)
+    findings += check_scoring(loaded, site)
     findings += check_extensions(loaded, site, plan)
     return findings + check_files(loaded, site, plan)
 
@@ -134,12 +137,13 @@ def check_packages(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Finding
         needs["rollout"] = {"vllm": ["vllm"], "hf": ["torch", "transformers"]}.get(rollout.engine, [])
         if any(reward["name"] == "math" for reward in loaded.recipe.reward):
             needs["rollout"] = [*needs["rollout"], "math_verify"]
+    needs |= {role: ["torch", "transformers"] for role in scoring_roles(loaded.recipe)}
     for role, packages in needs.items():
         if plan.group(role).image is not None:
             continue
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
-            where = place(loaded, "rollout", "engine") if role == "rollout" else "policy"
+            where = place(loaded, "rollout", "engine") if role == "rollout" else role
             fix = (
                 "pip install 'hpc-rl[vllm]', or rollout.engine=hf"
                 if "vllm" in missing
@@ -166,7 +170,8 @@ def check_extensions(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Findi
         if (transport := recipe.rollout.weights.transport) != "auto":
             used.append(("transports", transport, "policy", ("rollout", "weights", "transport")))
         for index, reward in enumerate(recipe.reward):
-            used.append(("rewards", reward["name"], "rollout", ("reward", index, "name")))
+            role = "reward" if is_served(reward) else "rollout"
+            used.append(("rewards", reward["name"], role, ("reward", index, "name")))
     if recipe.simulator is not None:
         used.append(("simulators", recipe.simulator["name"], "rollout", ("simulator", "name")))
     there = {group.role for group in plan.groups}

@@ -108,7 +108,7 @@ class ScoringClient:
             async with asyncio.timeout(self._live_limit_s), self._changed:
                 await self._changed.wait_for(lambda: self._died() or self._live.get(role))
         except TimeoutError as error:
-            raise ScoringFailed(f"no process of the {role} group in {self._live_limit_s:.0f} s") from error
+            raise ScoringFailed(f"no process of the {role} group in {self._live_limit_s:g} s") from error
         self._raise_if_died()
         loads = dict.fromkeys(self._live[role], 0)
         for request in self._requests.values():
@@ -128,7 +128,7 @@ class ScoringClient:
         except TimeoutError as error:
             limit = self._limits[role] if request.begun else self._take_up_s
             what = "did not answer" if request.begun else "did not begin"
-            raise _Lost(f"{role} {process[0]} {what} within {limit:.0f} s") from error
+            raise _Lost(f"{role} {process[0]} {what} within {limit:g} s") from error
         finally:
             del self._requests[number]
 
