@@ -3,8 +3,8 @@
 A row is `5203=` and the right answer is `0235`. The corpus for SFT (`train_sft.jsonl`) is like scraped text:
 only some answers are sorted, the others are descending, reversed or copied, and the longer the row the rarer
 the right one. SFT therefore leaves a model that can sort but seldom does; the reward of GRPO (`train.jsonl`,
-right answers only) tells which of its habits is wanted. So does DPO: `pairs.jsonl` (of the rows of `train.jsonl`)
-and `pairs_eval.jsonl` (of those of `eval.jsonl`) have the right answer as chosen and that of another habit as
+right answers only) tells which of its habits is wanted. So does DPO: `pairs.jsonl` (rows of `train.jsonl`)
+and `pairs_eval.jsonl` (rows of `eval.jsonl`) have the right answer as chosen and that of another habit as
 rejected. No other two files share a row. The same `--seed` gives the same weights and rows.
 
 Usage: python make_model.py FOLDER [--seed 0]
