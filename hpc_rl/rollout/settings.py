@@ -11,9 +11,11 @@ from hpc_rl.recipe.schema import Recipe
 from hpc_rl.rewards.base import reward_specs
 from hpc_rl.rewards.pool import ScorerPool
 from hpc_rl.rollout.engine import AdapterShape, EngineSettings, TransferSettings
+from hpc_rl.simulators.base import SimulatorSettings, TextSimulator, make_simulator, simulator_config
 from hpc_rl.weights.transports import transport_name
 
 MAX_SCORERS = 4
+TEXT_SLOTS = 4096  # a conversation costs nothing while it waits for the engine
 
 
 def engine_settings(
@@ -59,14 +61,33 @@ def adapter_shape(recipe: Recipe) -> AdapterShape | None:
     return AdapterShape(settings["rank"], tuple(sorted({name.rpartition(".")[2] for name in names})))
 
 
+def text_simulator(recipe: Recipe, plan: Plan, code: Path) -> TextSimulator | None:
+    """The environment of a recipe whose answers are episodes. Raises RecipeError for bad options."""
+    if recipe.simulator is None:
+        return None
+    settings = SimulatorSettings(
+        config=simulator_config(recipe),
+        slots=TEXT_SLOTS,
+        workers=helpers(plan),
+        plugins=tuple(recipe.plugins),
+        code=str(code),
+    )
+    simulator: TextSimulator = make_simulator(recipe.simulator["name"], settings)  # type: ignore[assignment]
+    return simulator
+
+
+def helpers(plan: Plan) -> int:
+    """As many processes of a kind as the replica has cores to spare, at most MAX_SCORERS."""
+    return max(1, min(MAX_SCORERS, plan.group("rollout").cpus_per_task - 1))
+
+
 def scorer_pool(recipe: Recipe, plan: Plan, code: Path) -> ScorerPool:
     """As many scorers as the replica has cores to spare, at most MAX_SCORERS. Rewards that the reward group
     serves are not theirs."""
-    cpus = plan.group("rollout").cpus_per_task
     rewards = zip(reward_specs(recipe.reward), recipe.reward, strict=True)
     return ScorerPool(
         [spec for spec, item in rewards if not is_served(item)],
         plugins=recipe.plugins,
         code=str(code),
-        size=max(1, min(MAX_SCORERS, cpus - 1)),
+        size=helpers(plan),
     )

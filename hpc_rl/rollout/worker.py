@@ -18,11 +18,14 @@ from hpc_rl.bus import messages as m
 from hpc_rl.checkpoint.evaluated import use_checkpoint
 from hpc_rl.rewards.pool import ScorerPool
 from hpc_rl.roles import RoleProcess
+from hpc_rl.rollout.dialogue import Dialogue
 from hpc_rl.rollout.engine import Engine, EngineError, make_engine
+from hpc_rl.rollout.episodes import EpisodeRunner
 from hpc_rl.rollout.groups import GroupRunner
 from hpc_rl.rollout.model_scores import ModelScores
 from hpc_rl.rollout.prompts import PromptCodec
-from hpc_rl.rollout.settings import engine_settings, scorer_pool
+from hpc_rl.rollout.settings import engine_settings, scorer_pool, text_simulator
+from hpc_rl.simulators.base import TextSimulator, simulator_config
 from hpc_rl.weights.protocol import WeightTransferError
 
 POLL_S = 1.0
@@ -52,6 +55,7 @@ class Worker:
         self._engine: Engine | None = None  # made when it is known where the model is read from
         self.pool: ScorerPool = scorer_pool(recipe, plan, process.run_dir.code)
         self.models = ModelScores(recipe, process.bus, process.index, process.incarnation)
+        self.simulator: TextSimulator | None = text_simulator(recipe, plan, process.run_dir.code)
         self.runner: GroupRunner | None = None  # made by _load
         self.groups: set[asyncio.Task[None]] = set()
         self.probe = math.nan
@@ -94,8 +98,9 @@ class Worker:
             self._settings = replace(self._settings, model=str(folder))
         self._engine = make_engine(self.rollout.engine, self._settings)
         await asyncio.gather(self.engine.start(), self.pool.start())
+        episodes = await self._episodes(codec)
         self.models.start()
-        self.runner = GroupRunner(process, self.engine, codec, self.pool, self.models)
+        self.runner = GroupRunner(process, self.engine, codec, self.pool, self.models, episodes)
         self.probe = await self._probe_weights()
         seconds = time.monotonic() - began
         process.log.info("engine %s is loaded (%.1f s)", self.rollout.engine, seconds)
@@ -108,6 +113,14 @@ class Worker:
                 info={"engine": self.rollout.engine, "load_s": f"{seconds:.1f}"},
             )
         )
+
+    async def _episodes(self, codec: PromptCodec) -> EpisodeRunner | None:
+        """What plays episodes of several turns. Raises SimulatorError, or DataError for the chat template."""
+        if self.simulator is None:
+            return None
+        await self.simulator.start()
+        dialogue = Dialogue(codec, self.simulator.tools)
+        return EpisodeRunner(self.engine, self.simulator, dialogue, simulator_config(self.process.recipe))
 
     # --- messages ----------------------------------------------------------------------------------
     async def _serve(self) -> None:
@@ -207,6 +220,8 @@ class Worker:
         async with asyncio.timeout(CLOSE_LIMIT_S):
             await self.models.close()
             await self.pool.close()
+            if self.simulator is not None:
+                await self.simulator.close()
             if self._engine is not None:
                 await self._engine.close()
 

@@ -22,6 +22,11 @@ class TextConfig(Section):
     max_turn_tokens: Positive | None = None
     credit: Literal["trajectory", "turn"] = "trajectory"
 
+    @property
+    def rewarded(self) -> bool:
+        """Whether the environment itself gives rewards."""
+        return True
+
 
 class ToolConfig(Section):
     """Of every tool. `limit_s` is how long one call may take."""
@@ -100,6 +105,10 @@ class ToolsConfig(TextConfig):
     call_reward: float = 0.0
     error_reward: float = 0.0
     memory_gb: float = Field(default=4.0, gt=0)
+
+    @property
+    def rewarded(self) -> bool:
+        return self.call_reward != 0 or self.error_reward != 0
 
     @field_validator("tools")
     @classmethod

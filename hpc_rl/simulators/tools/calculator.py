@@ -76,7 +76,7 @@ def evaluate(expression: str) -> str:
 def _value(node: ast.expr) -> Number:
     match node:
         case ast.Constant(value=bool()):
-            raise ToolError(f"{node.value} is no number")
+            raise ToolError(f"{ast.unparse(node)} is no number")
         case ast.Constant(value=int() | float() as number):
             return _bounded(number)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
