@@ -8,7 +8,8 @@ gradient by the log-probs is g, and D = (p - onehot(y)) * cap':
 
 The first could be scaled when g is known, the second is a sum over rows and could not. So there are two ways:
 
-- any loss: backward makes the logits of each chunk again (4 matrix products instead of 3);
+- any loss, of the entropies as well: backward makes the logits of each chunk again (4 matrix products
+  instead of 3);
 - `weights`, for a loss that is a weighted sum of log-probs: its g is known beforehand but for a common
   factor, so forward makes the gradients too, and backward multiplies them with that factor.
 
@@ -29,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from hpc_rl.algorithms import log_probs as unchunked
 from hpc_rl.algorithms.base import TokenBatch
-from hpc_rl.algorithms.log_probs import wide_dtype
+from hpc_rl.algorithms.log_probs import entropy_slope, wide_dtype
 
 # Logits of a chunk: enough rows that each matrix product runs at its full speed (32 MiB of fp32 on a CPU,
 # 256 MiB of bf16 on a GPU), because the weight's gradient is read and written once per chunk.
@@ -125,40 +126,63 @@ class _ChunkedLogProbs(torch.autograd.Function):
         else:
             ctx.made = _Gradients(head, hidden, ctx.needs_input_grad, weights, temperature)
             ctx.save_for_backward(weights)
-        log_probs, entropy = _walk(head, hidden, targets, temperature, with_entropy, ctx.made)
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        ctx.set_materialize_grads(False)  # an entropy that is only a metric costs nothing in backward
+        return _walk(head, hidden, targets, temperature, with_entropy, ctx.made)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if len(ctx.saved_tensors) == 1:
             made, ctx.made = ctx.made, None
             if made is None:
                 raise RuntimeError("gradients that were made in the forward can be used only once")
+            if grad is None or by_entropy is not None:
+                raise RuntimeError("gradients made in the forward are for a loss of the log-probs alone")
             made.multiply(_common_factor(grad, ctx.saved_tensors[0]))
         else:
             hidden, weight, bias, targets = ctx.saved_tensors
             head = Head(weight, bias, *ctx.facts)
-            made = _Gradients(head, hidden, ctx.needs_input_grad, grad, ctx.temperature)
+            if grad is None:
+                grad = hidden.new_zeros(len(hidden), dtype=wide_dtype(hidden.dtype))
+            made = _Gradients(head, hidden, ctx.needs_input_grad, grad, ctx.temperature, by_entropy)
             _walk(head, hidden, targets, ctx.temperature, False, made)
         return made.hidden, made.weight, made.bias, None, None, None, None, None
 
 
 class _Gradients:
     """Those of the hidden states, the weight and the bias, added up chunk by chunk; None where `needed`
-    [hidden, weight, bias] says so. `by_log_probs` [N] is the loss's gradient by the log-probs."""
+    [hidden, weight, bias] says so. `by_log_probs` [N] is the loss's gradient by the log-probs, `by_entropy`
+    [N] by the entropies, if it has any."""
 
     def __init__(
-        self, head: Head, rows: Tensor, needed: tuple[bool, ...], by_log_probs: Tensor, temperature: float
+        self,
+        head: Head,
+        rows: Tensor,
+        needed: tuple[bool, ...],
+        by_log_probs: Tensor,
+        temperature: float,
+        by_entropy: Tensor | None = None,
     ) -> None:
         self.head, self.rows = head, rows
         sums = {"dtype": wide_dtype(rows.dtype), "device": rows.device}
-        self.factor = by_log_probs.to(sums["dtype"]) * (-head.scale / temperature)
+        by_log_probs = by_log_probs.to(sums["dtype"])
+        # Both gradients differ from row to row, so that they are put into D, and nothing is left outside.
+        self.mixed = None if by_entropy is None else (by_log_probs, by_entropy.to(sums["dtype"]))
+        outside = by_log_probs if by_entropy is None else torch.ones_like(by_log_probs)
+        self.factor = outside * (-head.scale / temperature)
         self.hidden = torch.empty_like(rows) if needed[0] else None
         self.weight = torch.zeros(head.weight.shape, **sums) if needed[1] else None
         with_bias = head.bias is not None and needed[2]
         self.bias = torch.zeros(len(head.weight), **sums) if with_bias else None
+
+    def difference(self, at: slice, p: Tensor, index: Tensor) -> Tensor:
+        """D of the rows `at` before the soft cap, of which p [n, V] is the softmax; may be in its place."""
+        bonus = None if self.mixed is None else entropy_slope(p)
+        p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
+        if self.mixed is None or bonus is None:
+            return p
+        by_log_probs, by_entropy = (values[at].unsqueeze(1) for values in self.mixed)
+        return p.mul_(by_log_probs).addcmul_(bonus, by_entropy, value=-1.0)
 
     def add(self, chunk: slice, difference: Tensor) -> None:
         """Of the rows `chunk`, whose D is `difference`."""
@@ -215,8 +239,8 @@ def _walk(
             if with_entropy:
                 entropy[at] = torch.special.entr(p).sum(1)
             if gradients is not None:
-                p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
-                logits[block] = p if slope is None else p.mul_(slope)
+                d = gradients.difference(at, p, index)
+                logits[block] = d if slope is None else d.mul_(slope)
         if gradients is not None:
             gradients.add(chunk, logits)
     return log_probs, entropy

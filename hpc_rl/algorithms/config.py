@@ -6,7 +6,7 @@ The defaults and where they are from: docs/losses.md.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -70,6 +70,7 @@ class RlConfig(Section, ABC):
     proximal: Literal["sampler", "recompute", "interpolate"] = "sampler"
     correction: Correction = Correction()
     off_policy_mask: Annotated[float, Field(gt=0)] | None = None
+    entropy_beta: float = Field(default=0.0, ge=0)
     positive_nll: float = Field(default=0.0, ge=0)
     loss_aggregation: Aggregation = "token_mean"
     loss_length: Positive | None = None
@@ -79,6 +80,8 @@ class RlConfig(Section, ABC):
 
     # Answers to a prompt that the advantages need.
     min_group: ClassVar[int] = 1
+    # Answers come with the log-probs of the recipe's `teacher`.
+    needs_teacher: ClassVar[bool] = False
     # With `kl_in: reward`, a token's penalty is that of itself and what follows, not that of the whole
     # answer.
     kl_to_go: ClassVar[bool] = False
@@ -87,6 +90,17 @@ class RlConfig(Section, ABC):
     @abstractmethod
     def advantage(self) -> str:
         """Which of `algorithms.advantages.ESTIMATORS` the controller uses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_masks_of_the_vocabulary(cls, data: Any) -> Any:
+        for key in ("top_k", "min_p"):
+            if isinstance(data, dict) and key in data:
+                raise ValueError(
+                    f"{key} must be left out: engines renormalise log-probs within the words that it leaves "
+                    "and the trainer does not, so that every ratio would be off by their mass"
+                )
+        return data
 
     @field_validator("top_p")
     @classmethod
@@ -310,6 +324,32 @@ class MaxRlConfig(Clip):
     @property
     def advantage(self) -> str:
         return "maxrl"
+
+
+class DistillConfig(Truncation, GroupConfig):
+    """On-policy distillation: from the teacher's log-probs of the policy's answers, with rewards or not.
+
+    `teacher_coef` weighs the teacher against the rewards' advantages.
+    """
+
+    group_size: Positive = 4
+    teacher_coef: float = Field(default=1.0, gt=0)
+
+    needs_teacher: ClassVar[bool] = True
+
+    @field_validator("drop_zero_variance")
+    @classmethod
+    def _equal_rewards_teach_too(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("must be false: the teacher has something to say of answers with equal rewards")
+        return value
+
+    @field_validator("kl_in")
+    @classmethod
+    def _advantages_are_given(cls, value: str) -> str:
+        if value == "reward":
+            raise ValueError("must be loss: the advantages of distillation are of tokens, not of answers")
+        return value
 
 
 class SftConfig(Section):

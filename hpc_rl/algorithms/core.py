@@ -3,7 +3,8 @@
 With l = trainer log-prob (graph), m = log-prob recorded by the sampler, p = proximal log-prob, A = advantage,
 sg = no gradient, every algorithm's loss (to be minimised) is
 
-    sum over tokens  weight * ( -c * gain(r, A)  -  positive_nll * [A > 0] * l  +  kl_beta * KL )
+    sum over tokens  weight * ( -c * gain(r, A)  -  positive_nll * [A > 0] * l  +  kl_beta * KL
+                                -  entropy_beta * entropy )
 
     weight   mask over the step's denominator (`base.token_weights`)
     r        exp(l - p) of the token, or of its sequence (mean of l - p); p = m (`proximal: sampler`), l at
@@ -216,6 +217,9 @@ def policy_loss(
     if config.positive_nll > 0:
         good = (tokens.advantages > 0).to(weights.dtype)
         loss = loss - config.positive_nll * (weights * good * tokens.current).sum()
+    if config.entropy_beta > 0:
+        assert entropy is not None
+        loss = loss - config.entropy_beta * (weights * torch.where(tokens.mask > 0, entropy, 0.0)).sum()
     penalty = None
     if config.kl_beta > 0:
         of = tokens.sampler if config.penalised_rewards else tokens.current
@@ -272,7 +276,7 @@ def _statistics(
 class PolicyGradient(ABC):
     """An `Algorithm` that is a surrogate over this core; the neighbours each say which one."""
 
-    needs_entropy = True  # a metric; it has no gradient
+    needs_entropy = True  # a metric, and with `entropy_beta` a part of the loss
 
     def __init__(self, config: RlConfig) -> None:
         self.config = config

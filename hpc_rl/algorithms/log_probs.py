@@ -23,8 +23,8 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """`(log_probs [N], entropy [N] or None)` of `targets` [N] under softmax(logits [N, V] / temperature).
 
-    Results are fp32 (fp64 for fp64 logits). The entropy, in nats, carries no gradient. Raises
-    ValueError for a temperature that is not positive.
+    Results are fp32 (fp64 for fp64 logits), the entropy in nats; both have a gradient. Raises ValueError
+    for a temperature that is not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
@@ -53,6 +53,12 @@ def _scaled(block: Tensor, temperature: float) -> Tensor:
     return block if temperature == 1.0 else block.to(wide_dtype(block.dtype)) / temperature
 
 
+def entropy_slope(p: Tensor) -> Tensor:
+    """dH / dz [N, V] of the entropy H of p = softmax(z): -p (log p + H)."""
+    terms = torch.special.entr(p)
+    return terms.addcmul_(p, terms.sum(1, keepdim=True), value=-1.0)
+
+
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -71,12 +77,14 @@ class _TokenLogProbs(torch.autograd.Function):
                 entropy[rows] = -torch.where(p > 0, p * block, torch.zeros_like(p)).sum(-1)
         ctx.save_for_backward(logits, targets)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # an entropy that is only a metric costs nothing here
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits, targets = ctx.saved_tensors
+        if grad is None:
+            grad = logits.new_zeros(len(logits), dtype=wide_dtype(logits.dtype))
         result = torch.empty_like(logits)
         dtype = wide_dtype(logits.dtype)
         in_place = logits.dtype == dtype  # else the block is made wide, and rounded at the end
@@ -85,7 +93,10 @@ class _TokenLogProbs(torch.autograd.Function):
             scale = (grad[rows] / ctx.temperature).unsqueeze(1)
             block = result[rows] if in_place else torch.empty_like(logits[rows], dtype=dtype)
             torch.softmax(_scaled(logits[rows], ctx.temperature), -1, dtype=dtype, out=block)
+            bonus = None if by_entropy is None else entropy_slope(block)
             block.mul_(-scale)
+            if bonus is not None and by_entropy is not None:
+                block.addcmul_(bonus, (by_entropy[rows] / ctx.temperature).unsqueeze(1))
             block.scatter_add_(1, targets[rows].unsqueeze(1), scale)
             if not in_place:
                 result[rows] = block

@@ -64,6 +64,8 @@ def test_defaults_correct_what_is_off_policy_and_name_what_there_is(name: str) -
         ("maxrl", {"kl_beta": 0.1, "kl_estimator": "k1"}, "kl_estimator must not be k1 in the loss"),
         ("grpo", {"kl_in": "reward", "kl_estimator": "k3_k2"}, "k3_k2 differs from k3 in its gradient"),
         ("maxrl", {"kl_in": "reward"}, "kl_in must be loss with maxrl"),
+        ("grpo", {"top_k": 50}, "top_k must be left out: engines renormalise"),
+        ("gspo", {"min_p": 0.1}, "min_p must be left out: engines renormalise"),
         ("dapo", {"top_p": 0.9}, "must be 1.0: engines renormalise"),
     ],
 )  # fmt: skip

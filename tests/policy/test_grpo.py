@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,17 @@ def test_stale_samples_are_clipped_and_measured(tiny_model: Path, tmp_path: Path
     assert seen[0]["train/clip_fraction"] == 0.0
     assert seen[-1]["train/clip_fraction"] > 0.05
     assert 0 < seen[0]["train/entropy"] < math.log(96) + 1e-4
+
+
+def test_an_entropy_bonus_makes_the_policy_broader(tiny_model: Path, tmp_path: Path) -> None:
+    """Where nothing else teaches."""
+    trainer = make_trainer(tmp_path, tiny_model, entropy_beta=1.0)
+    with torch.no_grad():  # of a random model the entropy is as large as it can be
+        trainer.model.module.get_input_embeddings().weight.mul_(20.0)
+    samples, _ = make_samples([([8, 9, 10, 11], [-4.0] * ANSWER)] * 4)
+    entropy = [trainer.train_step(step_of(step, samples))["train/entropy"] for step in range(1, 6)]
+    trainer.close()
+    assert all(later > before for before, later in pairwise(entropy)), entropy
 
 
 def test_a_nan_names_its_samples(tiny_model: Path, tmp_path: Path) -> None:
