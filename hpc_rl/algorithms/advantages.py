@@ -12,6 +12,7 @@ An algorithm's config names its estimator (`advantage`); the controller looks it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -105,6 +106,37 @@ def step_advantages(estimator: str, rewards: Sequence[npt.ArrayLike]) -> list[Fl
     if not rewards:
         return []
     return ESTIMATORS[estimator]([np.asarray(group, dtype=np.float64) for group in rewards])
+
+
+def turn_advantages(
+    estimator: str,
+    outcomes: Sequence[npt.ArrayLike],
+    turn_rewards: Sequence[Sequence[Sequence[float]]],
+) -> list[list[FloatArray]]:
+    """The advantages of the turns of all trajectories of a step: `result[group][i]` has one per turn.
+
+    MT-GRPO (Zeng et al. 2025, arXiv:2505.11821), for any number of turns: turn k of trajectory i gets
+    A_i,k = A(R)_i + sum over j >= k of A(r_j)_i, where R is what its end earned (`outcomes`, one `[G]` per
+    group) and r_j what the j-th turns earned, each compared with those of the group that have it. A turn is
+    thus not praised for what came before it. NaN outcomes (not scored) get zeros. Raises ValueError.
+    """
+    ends = step_advantages(estimator, outcomes)
+    scored = [~np.isnan(np.asarray(group, dtype=np.float64)) for group in outcomes]
+    longest = max((len(turns) for group in turn_rewards for turns in group), default=0)
+    of_turns = []
+    for k in range(longest):
+        column = [
+            [turns[k] if ok and len(turns) > k else math.nan for turns, ok in zip(group, known, strict=True)]
+            for group, known in zip(turn_rewards, scored, strict=True)
+        ]
+        of_turns.append(step_advantages(estimator, column))
+    return [
+        [
+            ends[g][i] + np.cumsum([of_turns[k][g][i] for k in range(len(turns))][::-1])[::-1]
+            for i, turns in enumerate(group)
+        ]
+        for g, group in enumerate(turn_rewards)
+    ]
 
 
 def overlong_penalty(lengths: npt.ArrayLike, max_tokens: int, buffer: int) -> FloatArray:

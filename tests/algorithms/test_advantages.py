@@ -13,6 +13,7 @@ from hpc_rl.algorithms.advantages import (
     has_signal,
     overlong_penalty,
     step_advantages,
+    turn_advantages,
 )
 
 REWARDS = st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=2, max_size=16)
@@ -113,6 +114,48 @@ def test_what_an_estimator_cannot_do_is_said() -> None:
         step_advantages("gae", [[1.0]])
     with pytest.raises(ValueError, match=r"maxrl divides by the mean reward, and one is -0\.5"):
         step_advantages("maxrl", [[1.0, -0.5]])
+
+
+@pytest.mark.parametrize(
+    "estimator", ["group_std", "group_mean", "rloo", "batch_std", "group_mean_batch_std"]
+)
+def test_turns_get_what_the_end_and_the_turns_from_them_on_earned(estimator: str) -> None:
+    """The written formula, term by term; a turn that others lack, and an answer that was not scored."""
+    outcomes = [np.array([1.0, 0.0, np.nan, 0.5]), np.array([0.0, 1.0])]
+    turns = [[[0.2, 0.0], [0.0], [5.0, 5.0], [0.1, 0.3, -0.4]], [[0.0, 0.2], [0.1, 0.2]]]
+    found = turn_advantages(estimator, outcomes, turns)
+    ends = step_advantages(estimator, outcomes)
+    for g, group in enumerate(turns):
+        for i, earned in enumerate(group):
+            assert len(found[g][i]) == len(earned)
+            for k in range(len(earned)):
+                expected = ends[g][i]
+                for j in range(k, len(earned)):
+                    column = [
+                        np.array([
+                            r[j] if len(r) > j and not np.isnan(end) else np.nan
+                            for r, end in zip(other, outcomes[h], strict=True)
+                        ])
+                        for h, other in enumerate(turns)
+                    ]  # fmt: skip
+                    expected += step_advantages(estimator, column)[g][i]
+                assert found[g][i][k] == pytest.approx(expected, abs=1e-12)
+    assert found[0][2].tolist() == [0.0, 0.0]
+    # Only the last of group 0 has a third turn: in its group there is nothing to compare it with.
+    if estimator in ("group_std", "group_mean", "rloo"):
+        assert found[0][3][2] == ends[0][3]
+
+
+def test_two_turns_are_mt_grpo() -> None:
+    """A_1 = A(turn) + A(outcome), A_2 = A(outcome), and without turn rewards every turn has the outcome's."""
+    outcomes, tools = np.array([1.0, 0.0, 0.0, 1.0]), np.array([0.2, 0.2, 0.0, 0.0])
+    ((*rows,),) = turn_advantages("group_std", [outcomes], [[[r, 0.0] for r in tools]])
+    end, turn = group_advantages(outcomes), group_advantages(tools)
+    assert np.allclose([row[0] for row in rows], turn + end, atol=1e-12)
+    assert np.allclose([row[1] for row in rows], end, atol=1e-12)
+    ((*plain,),) = turn_advantages("group_std", [outcomes], [[[0.0, 0.0, 0.0]] * 4])
+    assert np.allclose(plain, np.repeat(end[:, None], 3, axis=1), atol=1e-12)
+    assert turn_advantages("group_std", [], []) == []
 
 
 def test_the_penalty_of_long_answers() -> None:
