@@ -24,16 +24,16 @@ def convert(
     """Convert a cosmos-rl TOML file to a recipe.
 
     Every key is mapped, or listed as dropped with the reason: on stderr, and as comments in the recipe.
-    The recipe loads, or there is none. Configurations of SFT are converted; of one for RL the sections that
-    all kinds share are printed, and the exit code is 2.
+    The recipe loads, or there is none. SFT and RL (GRPO, DAPO, GSPO, AIPO) are converted.
 
     \b
     Example:
       hpc-rl convert configs/mistral-7b-fsdp4-sft.toml -o mistral.yaml --script dummy_sft.py
+      hpc-rl convert phi4-14b-p-fsdp4-r-tp2-grpo.toml --script gsm8k_grpo.py -o phi4.yaml
       hpc-rl convert sft.toml data.train.path=rows.jsonl -o sft.yaml && hpc-rl check sft.yaml
     """
     from hpc_rl.cli._console import note
-    from hpc_rl.cli.errors import EXIT_USER_ERROR, UserError
+    from hpc_rl.cli.errors import UserError
     from hpc_rl.recipe.cosmos import convert_file
 
     target = out.expanduser() if out is not None else None
@@ -45,16 +45,11 @@ def convert(
         raise UserError(f"--out {target}: there is no folder {target.parent}")
     folder = target.absolute().parent if target is not None else Path.cwd()
     made = convert_file(config, script=script, gpus=gpus, overrides=list(overrides or []), folder=folder)
-    if made.refused is not None:
-        target = None
     if target is not None:
         _write(target, made.text)
     for line in made.lines():
         note(line)
     _print(made, config, target, as_json)
-    if made.refused is not None:
-        note(f"error: {made.refused}")
-        raise typer.Exit(EXIT_USER_ERROR)
 
 
 def _print(made: Conversion, config: Path, target: Path | None, as_json: bool) -> None:
@@ -69,7 +64,7 @@ def _print(made: Conversion, config: Path, target: Path | None, as_json: bool) -
         }
         print_json({
             "config": str(config), "recipe": str(target) if target is not None else None,
-            "refused": str(made.refused) if made.refused is not None else None, **entries,
+            **entries,
             "assumed": [asdict(item) for item in made.assumed], "notes": made.notes, "text": made.text,
         })  # fmt: skip
     elif target is None:

@@ -54,20 +54,19 @@ def test_a_mistake_writes_nothing(tmp_path: Path) -> None:
     assert hpc_rl_forked("convert", "gone.toml", cwd=tmp_path).stderr == "error: gone.toml: no such file\n"
 
 
-def test_a_configuration_of_rl_writes_nothing_and_ends_with_2(tmp_path: Path) -> None:
-    config = _config(tmp_path, **{"train.train_policy.type": "grpo"})
-    done = hpc_rl_forked("convert", config, "-o", "made.yaml", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "comes with the RL converter" in done.stderr
-    assert "# NOT A RECIPE" in done.stdout
-    assert not (tmp_path / "made.yaml").exists()
+def test_a_configuration_of_rl_becomes_a_recipe_that_renders(tmp_path: Path) -> None:
+    config = _config(tmp_path, **{"train.train_policy.type": "grpo", "rollout.n_generation": 4})
+    done = hpc_rl_forked("convert", config, "-o", "made.yaml", "--script", "gsm8k_grpo.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "made.yaml\n"), done.stderr
+    rendered = hpc_rl_forked("render", "made.yaml", "--site", "generic-gpu", cwd=tmp_path)
+    assert rendered.returncode == 0, rendered.stderr
+    assert "hetjob" in rendered.stdout
 
 
 def test_json_has_every_key(tmp_path: Path) -> None:
     config = _config(tmp_path, **{"train.compile": True, "train.opmt_lr": 1e-5})
     answer = json.loads(hpc_rl_forked("convert", config, "--json", cwd=tmp_path).stdout)
-    assert (answer["recipe"], answer["refused"]) == (None, None)
+    assert answer["recipe"] is None
     assert [item["key"] for item in answer["mapped"]] == list(BASE)
     assert [item["key"] for item in answer["dropped"]] == ["train.compile"]
     (unknown,) = answer["unknown"]

@@ -353,21 +353,6 @@ def test_names_and_folders(tmp_path: Path, keys: dict[str, Any], name: str, root
     assert (recipe["name"], recipe.get("output_root")) == (name, root)
 
 
-def test_rl_is_for_later_and_its_shared_sections_are_shown(tmp_path: Path) -> None:
-    keys = {"train.train_policy.type": "grpo", "train.train_policy.kl_beta": 0.1, "rollout.n_generation": 8}
-    made = converted(tmp_path, {**keys, "train.optm_lr": 2e-6, "train.train_policy.dataset.name": "org/rows"})
-    assert "comes with the RL converter" in str(made.refused)
-    assert str(made.refused).startswith(f"{tmp_path / 'config.toml'}:1: train.train_policy.type: ")
-    for key in ("train.train_policy.kl_beta", "rollout.n_generation"):
-        assert (entry(made, key).fate, entry(made, key).note) == ("dropped", "comes with the RL converter")
-    assert "# NOT A RECIPE" in made.text
-    assert recipe_of(made)["policy"]["optimizer"]["lr"] == 2e-6
-    assert made.of("unknown") == []
-    # cosmos-rl's default is GRPO, so a file without the section is one of RL
-    made = converted(tmp_path, {"train.train_policy.type": None, "train.train_policy.dataset.name": None})
-    assert 'for SFT write type = "sft"' in str(made.refused)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -6,6 +6,7 @@ cosmos-rl's that differs from ours is written out and said.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc_rl.recipe.cosmos import data, optimizer, policy, saving
+from hpc_rl.recipe.cosmos import data, optimizer, policy, rl, rl_data, saving
 from hpc_rl.recipe.cosmos.draft import Assumed, Draft, Entry
 from hpc_rl.recipe.cosmos.keys import GONE, KEYS, OLD, in_rl
+from hpc_rl.recipe.cosmos.keys_rl import RL, foreign
 from hpc_rl.recipe.cosmos.toml_source import TomlSource, read_toml
 from hpc_rl.recipe.cosmos.write import recipe_text, report, without_defaults
 from hpc_rl.recipe.layers import apply_overrides, shown_override
@@ -23,7 +25,6 @@ from hpc_rl.recipe.load import load_recipe
 from hpc_rl.recipe.messages import nearest
 from hpc_rl.recipe.yaml_source import Problem, RecipeError, Source, Where
 
-_LATER = "comes with the RL converter"
 _PATHS = (
     *("model.path", "model.lora.adapter"),
     *(f"data.{which}.{name}" for which in ("train", "eval") for name in ("path", "media_path")),
@@ -32,14 +33,13 @@ _PATHS = (
 
 @dataclass
 class Conversion:
-    """`text` is the recipe; where `refused` says why there is none: the sections that all kinds share."""
+    """`text` is the recipe; `entries` are what became of each key of the file, `assumed` what it left out."""
 
     text: str
     recipe: dict[str, Any]
     entries: list[Entry]
     assumed: list[Assumed]
     notes: list[str] = field(default_factory=list)
-    refused: Problem | None = None
 
     def lines(self) -> list[str]:
         """The report for a terminal."""
@@ -64,27 +64,26 @@ def convert_file(
     """
     source = read_toml(path)
     _refuse_foreign(source)
-    draft = Draft(source)
+    draft = Draft(source, RL if _is_rl(source) else KEYS)
     _take(draft, source.data, ())
     _stop(draft)
-    kind, refused = _kind(draft)
-    given = any(text.replace(" ", "").startswith(("data.train.path=", "data.train=")) for text in overrides)
+    kind = _kind(draft)
     draft.put("kind", kind, "train.train_policy.type")
-    _translate(draft, script, gpus, given, saving.stem_of(path), kind)
+    _translate(draft, script, gpus, overrides, saving.stem_of(path), kind)
     draft.finish()
     _stop(draft)
     _move_paths(draft.recipe, folder or Path.cwd())
     recipe = without_defaults(_overridden(draft.recipe, overrides))
     draft.assumed = {key: item for key, item in draft.assumed.items() if _has(recipe, item.to)}
-    text = recipe_text(recipe, _header(path, draft, script, overrides, refused))
-    if refused is None:
-        _must_load(text, draft)
-    return Conversion(
-        text, recipe, list(draft.entries.values()), list(draft.assumed.values()), draft.notes, refused
-    )
+    text = recipe_text(recipe, _header(path, draft, script, overrides))
+    _must_load(text, draft, Path(os.path.abspath(folder or Path.cwd())))
+    return Conversion(text, recipe, list(draft.entries.values()), list(draft.assumed.values()), draft.notes)
 
 
-def _translate(draft: Draft, script: str | None, gpus: int | None, given: bool, stem: str, kind: str) -> None:
+def _translate(
+    draft: Draft, script: str | None, gpus: int | None, overrides: Sequence[str], stem: str, kind: str
+) -> None:
+    given = any(text.replace(" ", "").startswith(("data.train.path=", "data.train=")) for text in overrides)
     saving.translate_names(draft, stem)
     policy.translate_model(draft)
     ranks = policy.translate_parallel(draft, gpus)
@@ -92,6 +91,9 @@ def _translate(draft: Draft, script: str | None, gpus: int | None, given: bool, 
         policy.translate_batches(draft, ranks)
         data.translate_data(draft, script, given)
         data.translate_validation(draft)
+    else:
+        rl.translate_rl(draft)
+        rl_data.translate_rl_data(draft, script, given, rl.is_given(overrides, "reward"))
     policy.translate_length(draft)
     optimizer.translate_optimizer(draft)
     policy.translate_extras(draft)
@@ -128,21 +130,21 @@ def _take(draft: Draft, section: dict[str, Any], at: tuple[str, ...]) -> None:
         key = ".".join(part if "." not in part else repr(part) for part in parts)
         if key in OLD:
             _renamed(draft, key, OLD[key], value)
-        elif key in KEYS:
+        elif key in draft.table:
             draft.load(key, value)
-        elif any(known.startswith(f"{key}.") for known in KEYS):
+        elif any(known.startswith(f"{key}.") for known in draft.table):
             if isinstance(value, dict):
                 _take(draft, value, parts)
             else:
                 draft.bad(key, "must be a table")
         elif key in GONE:
             draft.unknown(key, value, GONE[key])
-        elif (why := in_rl(key)) is not None:
+        elif (why := (foreign if draft.table is RL else in_rl)(key)) is not None:
             for leaf, inner in _leaves(key, value):
-                draft.unknown(leaf, inner, _LATER if _is_rl(draft) else why, "dropped")
+                draft.unknown(leaf, inner, why, "dropped")
         else:
             for leaf, inner in _leaves(key, value):
-                draft.unknown(leaf, inner, _guess(leaf))
+                draft.unknown(leaf, inner, _guess(leaf, list(draft.table)))
 
 
 def _renamed(draft: Draft, key: str, new: str, value: Any) -> None:
@@ -162,49 +164,44 @@ def _leaves(key: str, value: Any) -> list[tuple[str, Any]]:
     return [(key, value)]
 
 
-def _guess(key: str) -> str:
+def _guess(key: str, keys: list[str]) -> str:
     """The nearest known key: in the same section, else anywhere by its last name."""
     section, _, name = key.rpartition(".")
     if section == "custom" or section.startswith("custom."):
         return "read by a script of your own; what it does belongs in data.train or in a plugin"
-    here = {known[len(section) + 1 :]: known for known in KEYS if section and known.startswith(f"{section}.")}
+    here = {known[len(section) + 1 :]: known for known in keys if section and known.startswith(f"{section}.")}
     here = {short: known for short, known in here.items() if "." not in short}
     close = nearest(name, list(here))
     if close is not None:
         return f"did you mean {here[close]}?"
-    elsewhere = {known.rpartition(".")[2]: known for known in reversed(KEYS)}
+    elsewhere = {known.rpartition(".")[2]: known for known in reversed(keys)}
     close = nearest(name, list(elsewhere))
     return f"did you mean {elsewhere[close]}?" if close is not None else "no known key is near"
 
 
-def _is_rl(draft: Draft) -> bool:
+def _is_rl(source: TomlSource) -> bool:
     """Whether the file is one of RL (cosmos-rl's default where nothing says otherwise)."""
-    train = draft.source.data.get("train")
+    train = source.data.get("train")
     section = train.get("train_policy") if isinstance(train, dict) else None
     return not isinstance(section, dict) or section.get("type") != "sft"
 
 
-def _kind(draft: Draft) -> tuple[str, Problem | None]:
-    """(kind, why there will be no recipe). Raises RecipeError for what no converter of ours will read."""
+def _kind(draft: Draft) -> str:
+    """Raises RecipeError for what no converter of ours will read."""
     key = "train.train_policy.type"
-    said = draft.get(key)
-    trainer = draft.get("train.train_policy.trainer_type")
+    said, trainer = draft.get(key), draft.get("train.train_policy.trainer_type")
     if draft.get("policy.is_diffusers"):
         text = "is true: models of diffusers come with a later converter"
         raise RecipeError([draft.source.problem(text, "policy.is_diffusers")])
-    if said == "sft" and trainer != "sft":
-        text = f"is {trainer!r}; only the trainer 'sft' is converted"
-        raise RecipeError([draft.source.problem(text, "train.train_policy.trainer_type")])
-    if said == "sft":
-        return "sft", None
-    if said not in (None, "grpo"):
+    if said not in (None, "grpo", "sft"):
         raise RecipeError([draft.source.problem(f'is "{said}"; allowed: sft, grpo', key)])
-    text = 'is "grpo"' if said else 'is missing, and cosmos-rl\'s default is GRPO; for SFT write type = "sft"'
-    problem = draft.source.problem(
-        f"{text}. The algorithm {_LATER}; only the shared sections were converted", key
-    )
-    draft.notes.append("train.train_policy, rollout and validation " + _LATER.replace("comes", "come"))
-    return "rl", problem
+    own = said or "grpo"
+    if trainer != own:
+        text = f"is {trainer!r}; only the trainer {own!r} is converted"
+        raise RecipeError([draft.source.problem(text, "train.train_policy.trainer_type")])
+    if said is None:
+        draft.notes.append('train.train_policy.type is missing, and cosmos-rl\'s default is "grpo"')
+    return "sft" if own == "sft" else "rl"
 
 
 def _move_paths(recipe: dict[str, Any], folder: Path) -> None:
@@ -245,24 +242,21 @@ def _overridden(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     return apply_overrides(source, list(overrides)).data
 
 
-def _header(
-    path: Path, draft: Draft, script: str | None, overrides: Sequence[str], refused: Problem | None
-) -> list[str]:
+def _header(path: Path, draft: Draft, script: str | None, overrides: Sequence[str]) -> list[str]:
     with_script = f" --script {script}" if script else ""
     lines = [f"Converted from cosmos-rl: hpc-rl convert {path}{with_script}"]
-    if refused is not None:
-        lines += ["NOT A RECIPE: these are the sections that all kinds share.", str(refused)]
     lines += [f"override: {shown_override(text)}" for text in overrides]
     return [*lines, *report(draft.entries.values(), draft.assumed.values(), draft.notes, mapped=False)]
 
 
-def _must_load(text: str, draft: Draft) -> None:
-    """Load the recipe; its mistakes are told with the keys of the file they came from."""
-    with tempfile.TemporaryDirectory(prefix="hpc-rl-convert-") as folder:
-        file = Path(folder) / "recipe.yaml"
+def _must_load(text: str, draft: Draft, folder: Path) -> None:
+    """Load the recipe as from `folder`; its mistakes are told with the keys of the file they came from."""
+    with tempfile.TemporaryDirectory(prefix="hpc-rl-convert-") as temporary:
+        file = Path(temporary) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
+        plugins = [str((folder / name).resolve()) for name in draft.recipe.get("plugins", [])]
         try:
-            load_recipe(file)
+            load_recipe(file, [f"plugins={json.dumps(plugins)}"] if plugins else [])
             return
         except RecipeError as error:
             problems = error.problems

@@ -66,7 +66,7 @@ def translate_data(draft: Draft, script_name: str | None, given: bool) -> None:
     elif draft.written("custom.dataset.path"):
         draft.put("data.train.path", draft.get("custom.dataset.path"), "custom.dataset.path")
     else:
-        _dataset(draft, f"{_PLACE}.dataset", "data.train")
+        dataset(draft, f"{_PLACE}.dataset", "data.train")
     if "path" not in draft.recipe["data"]["train"] and not given and not draft.problems:
         message = (
             "is empty, so a script of your own made the rows; name them on the command line: "
@@ -84,7 +84,8 @@ def translate_data(draft: Draft, script_name: str | None, given: bool) -> None:
     draft.put("data.train.shuffle", draft.get(shuffle), shuffle)
 
 
-def _dataset(draft: Draft, place: str, to: str) -> None:
+def dataset(draft: Draft, place: str, to: str) -> None:
+    """Where the rows of section `place` are, as the recipe section `to`."""
     local = draft.get(f"{place}.local_dir")
     if local:
         draft.put(f"{to}.path", local, f"{place}.local_dir", note="read from this folder, not from the Hub")
@@ -196,7 +197,7 @@ def translate_validation(draft: Draft) -> None:
 
 
 def _own_validation(draft: Draft, size_key: str) -> None:
-    _dataset(draft, "validation.dataset", "data.eval")
+    dataset(draft, "validation.dataset", "data.eval")
     train = draft.recipe["data"]["train"]
     for name in (
         "format",

@@ -6,11 +6,11 @@ Translators read with `get` and write with `put`; each key that the file writes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from hpc_rl.recipe.cosmos.keys import KEYS
+from hpc_rl.recipe.cosmos.keys import KEYS, Key
 from hpc_rl.recipe.cosmos.toml_source import TomlSource
 from hpc_rl.recipe.messages import is_secret, show
 from hpc_rl.recipe.yaml_source import Problem
@@ -45,10 +45,11 @@ class Assumed:
 
 
 class Draft:
-    """`recipe` is the nested recipe so far; `origins` says from which keys of the file a recipe key came."""
+    """`recipe` is the nested recipe so far; `origins` says from which keys of the file a recipe key came;
+    `table` is what is known of the file's keys."""
 
-    def __init__(self, source: TomlSource) -> None:
-        self.source = source
+    def __init__(self, source: TomlSource, table: Mapping[str, Key] = KEYS) -> None:
+        self.source, self.table = source, table
         self.recipe: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
         self.assumed: dict[str, Assumed] = {}
@@ -60,17 +61,17 @@ class Draft:
     # --- reading -------------------------------------------------------------------------------------
     def load(self, key: str, value: Any) -> None:
         """Take the value of a known key, if it is of the key's kind (as pydantic's lax mode takes it)."""
-        for kind in KEYS[key].kind.split("|"):
+        for kind in self.table[key].kind.split("|"):
             taken = _TAKE[kind](value)
             if taken is not None:
                 self._values[key] = taken
                 return
-        wanted = " or ".join(_WORDS[kind] for kind in KEYS[key].kind.split("|"))
+        wanted = " or ".join(_WORDS[kind] for kind in self.table[key].kind.split("|"))
         self.bad(key, f"is {show(value)}; must be {wanted}")
 
     def get(self, key: str) -> Any:
         """The file's value, else cosmos-rl's default."""
-        return self._values.get(key, KEYS[key].default)
+        return self._values.get(key, self.table[key].default)
 
     def written(self, key: str) -> bool:
         return key in self._values
@@ -91,7 +92,7 @@ class Draft:
             if self.written(key):
                 self._mapped(key, to, note)
             elif key not in self.assumed:
-                self.assumed[key] = Assumed(key, KEYS[key].default, to, note)
+                self.assumed[key] = Assumed(key, self.table[key].default, to, note)
 
     def same(self, key: str, note: str = "") -> None:
         """The key says what the recipe says without a word; nothing to write."""
@@ -101,7 +102,7 @@ class Draft:
     def drop(self, key: str, why: str = "") -> None:
         """Say why the key is not in the recipe, if the file writes it and nobody has said more."""
         if self.written(key) and key not in self.entries:
-            reason = why or KEYS[key].why
+            reason = why or self.table[key].why
             assert reason, f"{key} is dropped without a reason"
             self._enter(Entry(key, self._values[key], "dropped", note=reason))
 
@@ -130,10 +131,13 @@ class Draft:
         for key in self._values:
             if key in self.entries:
                 continue
-            if any(self._values[key] == value for value in KEYS[key].same):
+            if any(self._values[key] == value for value in self.table[key].same):
                 self.same(key)
             else:
-                why = KEYS[key].why or f"nothing in this file uses it (it would become {KEYS[key].to[0]})"
+                why = (
+                    self.table[key].why
+                    or f"nothing in this file uses it (it would become {self.table[key].to[0]})"
+                )
                 self.drop(key, why)
         order = {key: index for index, key in enumerate(self._values)}
         self.entries = dict(sorted(self.entries.items(), key=lambda item: order.get(item[0], len(order))))

@@ -36,7 +36,8 @@ def translate_model(draft: Draft) -> None:
 
 def _lora(draft: Draft) -> None:
     for name, to in (("r", "r"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
-        draft.put(f"model.lora.{to}", draft.get(f"policy.lora.{name}"), f"policy.lora.{name}")
+        if draft.table[f"policy.lora.{name}"].to:
+            draft.put(f"model.lora.{to}", draft.get(f"policy.lora.{name}"), f"policy.lora.{name}")
     for name in ("target_modules", "use_rslora", "modules_to_save", "r_pattern", "alpha_pattern"):
         value = draft.get(f"policy.lora.{name}")
         if value is not None and draft.written(f"policy.lora.{name}"):
@@ -111,7 +112,7 @@ def translate_parallel(draft: Draft, gpus: int | None) -> int:
     note = ""
     if draft.get(f"{place}.n_init_replicas") != 1:
         keys.append(f"{place}.n_init_replicas")
-        note = "replicas of SFT train as one data-parallel group: dp_replicate_size x n_init_replicas"
+        note = "replicas train as one data-parallel group here: dp_replicate_size x n_init_replicas"
     else:
         draft.same(f"{place}.n_init_replicas")
     draft.put("policy.parallel.dp_replicate", replicate, *keys, note=note)
