@@ -123,7 +123,7 @@ def _check_rows(
         )
     path = find_path(spec.path, None)
     files = MediaFiles(spec, path if path is None or path.is_dir() else path.parent)
-    looks = sft and folder is not None and any((folder / name).is_file() for name in PROCESSORS)
+    looks = folder is not None and any((folder / name).is_file() for name in PROCESSORS)
     padded = _padded_family(folder) if looks and folder is not None else None
     if looks and spec.format == "cosmos_reason1":
         files.prepare(unpack=False)
@@ -142,6 +142,8 @@ def _check_rows(
                 f"{where} has images, and policy.batch_tokens packs rows with images, which {padded} cannot: "
                 "use policy.batch_size with policy.micro_batch_size"
             )
+        if not sft:
+            _check_vision_prompt(loaded, folder, None if light else words, conversation, where)
         files.check(conversation, where)
 
     if spec.format == "preference":
@@ -149,6 +151,32 @@ def _check_rows(
         return
     lacking = None if sft else row_checker(loaded.recipe.reward)
     check_rows(rows, spec, sft=sft, max_rows=ROWS_CHECKED, template=template, seen=seen, lacking=lacking)
+
+
+def _check_vision_prompt(
+    loaded: LoadedRecipe, folder: Path | None, words: Path | None, conversation: Conversation, where: str
+) -> None:
+    """Raises DataError where a prompt with images or videos cannot be generated from. `words` has the chat
+    template (None: it is not looked at)."""
+    from hpc_rl.data.errors import DataError
+    from hpc_rl.data.templates import ChatTemplate
+
+    recipe = loaded.recipe
+    for key, what in (("simulator", "an episode of several turns"), ("teacher", "a teacher's text")):
+        if getattr(recipe, key) is not None:
+            raise DataError(f"{where} has images or videos, and {what} ({key}) takes none")
+    padded = _padded_family(folder) if folder is not None else None
+    if padded is not None and recipe.rollout is not None and recipe.rollout.engine == "hf":
+        raise DataError(f"{where} has images, and rollout.engine hf does not generate from those of {padded}")
+    if words is None:
+        return
+    template = ChatTemplate.read(words)
+    if template is None:
+        raise DataError(f"{where} has images or videos, and {words} has no chat template to place them")
+    try:
+        template.render(template.prepared(conversation.messages), generate=True)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _padded_family(folder: Path) -> str | None:
