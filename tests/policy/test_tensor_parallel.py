@@ -95,7 +95,9 @@ def test_sft_checkpoint_and_export(experts: Path, tmp_path: Path, redis_server: 
 
 
 def rl_recipe(recipe: Recipe) -> Recipe:
-    return Recipe.model_validate(recipe.model_dump() | {"kind": "rl", "algorithm": {"name": "grpo"}})
+    """With a reference, which is split as the policy is, and an entropy bonus."""
+    algorithm = {"name": "grpo", "kl_beta": 0.1, "entropy_beta": 0.01}
+    return Recipe.model_validate(recipe.model_dump() | {"kind": "rl", "algorithm": algorithm})
 
 
 def grpo_commands(ranks: int) -> list[list[TrainStep]]:
@@ -137,6 +139,7 @@ def test_grpo_as_the_controller_packs_it(experts: Path, tmp_path: Path, redis_se
     run = on_two_ranks(grpo_ranks, tmp_path / "two", recipe, redis_server, 72)
     for ours, theirs in zip(torch.load(run.root / "result.pt"), expected, strict=True):
         assert ours["train/tokens"] == theirs["train/tokens"]
-        for name in ("loss", "grad_norm", "ratio_mean", "mismatch_mean", "sequences"):
+        names = ("loss", "grad_norm", "ratio_mean", "mismatch_mean", "sequences", "kl_reference", "entropy")
+        for name in names:
             key = f"train/{name}"
             assert abs(ours[key] - theirs[key]) <= 1e-5 * max(1.0, abs(theirs[key])), key
