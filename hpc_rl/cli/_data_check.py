@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hpc_rl.catalog.facts import ModelFilesError, read_json
 from hpc_rl.catalog.families import family_of
 from hpc_rl.catalog.local_models import find_model, find_snapshot, hub_cache, is_local
+from hpc_rl.cli._episode_check import check_template
 from hpc_rl.cluster.findings import Finding, place
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.load import LoadedRecipe
@@ -114,6 +115,8 @@ def _check_rows(
     model = loaded.recipe.model
     folder = find_model(model.path, model.revision, site.paths.hf_home)
     words = _tokenizer_folder(model.tokenizer, site) if model.tokenizer else folder
+    if loaded.recipe.simulator is not None and words is not None and not light:
+        check_template(loaded.recipe, words)
     # A model that is missing has its own finding; without its template less can be said of the rows.
     template = ChatTemplate.read(words) if sft and not light and words is not None else None
     if template is None and sft and not light and words is not None and needs_template(spec):

@@ -180,6 +180,12 @@ def check_extensions(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Findi
     for index, reward in enumerate(recipe.reward):
         if reward["name"] == "python":
             references.append((reward["function"], "rollout", ("reward", index, "function")))
+    tools = recipe.simulator.get("tools", []) if recipe.simulator is not None else []
+    for index, tool in enumerate(tools):
+        if isinstance(tool, dict) and tool.get("name") in registry("tools").names():
+            at = ("simulator", "tools", index)
+            implementation = registry("tools").member(tool["name"]).implementation
+            references.append((tool.get("function") or implementation, "rollout", at))
     for reference, role, path in references:
         elsewhere = site.python is not None or plan.group(role).image is not None
         try:

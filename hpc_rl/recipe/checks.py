@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterator
 
 from hpc_rl.catalog.limits import ATTENTION, MAX_TEMPERATURE
+from hpc_rl.recipe.episode_checks import check_episodes
 from hpc_rl.recipe.eval_checks import check_evaluation
 from hpc_rl.recipe.learner_checks import check_learner
 from hpc_rl.recipe.messages import is_secret, nearest
@@ -132,6 +133,7 @@ def cross_checks(recipe: Recipe, source: Source) -> list[Problem]:
 
     for checker in (
         _kind,
+        check_episodes,
         _model,
         _data,
         _length,
