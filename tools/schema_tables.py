@@ -21,7 +21,7 @@ from hpc_rl.recipe.schema import Recipe  # noqa: E402
 
 ALGORITHMS = (
     *("dr_grpo", "dapo", "gspo", "cispo", "aipo", "rloo"),
-    *("reinforce_pp", "reinforce_pp_baseline", "maxrl"),
+    *("reinforce_pp", "reinforce_pp_baseline", "maxrl", "distill"),
 )
 _NAMES = {str: "text", int: "integer", float: "number", bool: "true/false", type(None): "null", Any: "any"}
 

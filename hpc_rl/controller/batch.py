@@ -38,6 +38,8 @@ class BatchOptions:
     overlong_buffer: int = 0  # of max_tokens
     mini_batches: int = 1  # optimizer updates that a step's samples are split into
     seed: int = 0  # of that split
+    pair_cost: float = 0.0  # of attention, as data.packing counts work
+    teacher: bool = False  # the samples carry the teacher's log-probs, and tokens without one are not trained
 
     @classmethod
     def of(cls, algorithm: Any, *, max_tokens: int, **packing: Any) -> BatchOptions:
@@ -47,6 +49,7 @@ class BatchOptions:
             aggregation=algorithm.loss_aggregation,
             advantage=algorithm.advantage,
             rewards_alone=algorithm.penalised_rewards,
+            teacher=algorithm.needs_teacher,
             loss_length=algorithm.loss_length or max_tokens,
             drop_zero_variance=algorithm.drop_zero_variance,
             max_tokens=max_tokens,
@@ -55,25 +58,46 @@ class BatchOptions:
         )
 
 
-def to_sample(trajectory: Trajectory, advantage: float, row: int = -1) -> TrainSample:
+def to_sample(
+    trajectory: Trajectory, advantage: float, row: int = -1, *, teacher: bool = False
+) -> TrainSample:
     """Prompt + answer as one sequence; `row` is that of a prompt with media. Tokens with a non-finite sampler
-    log-prob leave the mask, and so do all tokens of an answer that could not be scored (reward NaN)."""
-    before = len(trajectory.prompt_ids)
-    mask = trajectory.loss_mask or [1] * len(trajectory.token_ids)
-    scored = not math.isnan(trajectory.reward)
-    mask = [int(m and scored and math.isfinite(lp)) for m, lp in zip(mask, trajectory.log_probs, strict=True)]
-    log_probs = [lp if m else 0.0 for m, lp in zip(mask, trajectory.log_probs, strict=True)]
+    log-prob leave the mask, and so do all tokens of an answer that could not be scored (reward NaN); with
+    `teacher`, those that it did not score as well."""
+    count, before = len(trajectory.token_ids), len(trajectory.prompt_ids)
+    taught: list[float] = []
+    if teacher:
+        taught = trajectory.teacher_log_probs or [math.nan] * count
+    mask, log_probs = trajectory.loss_mask or [1] * count, trajectory.log_probs
+    advantages = [advantage] * count
+    if math.isnan(trajectory.reward):
+        mask = [0] * count
+    mask = _finite(_finite(mask, log_probs), taught) if teacher else _finite(mask, log_probs)
+    if 0 in mask:
+        log_probs = [lp if m else 0.0 for m, lp in zip(mask, log_probs, strict=True)]
+        advantages = [advantage * m for m in mask]
     return TrainSample(
         ordinal=trajectory.ordinal,
         sample=trajectory.sample,
         token_ids=trajectory.prompt_ids + trajectory.token_ids,
         loss_mask=[0] * before + mask,
         log_probs=[0.0] * before + log_probs,
-        advantages=[0.0] * before + [advantage * m for m in mask],
+        advantages=[0.0] * before + advantages,
         version=trajectory.oldest_version,
         spans=[VersionSpan(s.version, before + s.start, before + s.end) for s in trajectory.spans],
         row=row,
+        teacher_log_probs=[0.0] * before + taught if teacher else [],
     )
+
+
+def _finite(mask: list[int], values: list[float]) -> list[int]:
+    """`mask` without the tokens of which the value is not finite. A sum is finite if all its terms are, and
+    costs a tenth of looking at each: a controller does this for every token of the run."""
+    if len(mask) != len(values):
+        raise ValueError(f"{len(values)} log-probs for {len(mask)} tokens")
+    if math.isfinite(sum(values)):
+        return mask
+    return [int(m and math.isfinite(value)) for m, value in zip(mask, values, strict=True)]
 
 
 def raw_rewards(group: PromptGroup) -> FloatArray:
@@ -104,7 +128,7 @@ def make_samples(groups: list[PromptGroup], options: BatchOptions) -> list[Train
     else:
         advantages = step_advantages(options.advantage, rewards)
     return [
-        to_sample(trajectory, float(advantage), media_row_of(group))
+        to_sample(trajectory, float(advantage), media_row_of(group), teacher=options.teacher)
         for group, values in zip(kept, advantages, strict=True)
         for trajectory, advantage in zip(group.trajectories, values, strict=True)
     ]
@@ -163,7 +187,8 @@ def _packed(samples: list[TrainSample], options: BatchOptions) -> list[list[list
     if options.micro_batch_size is not None:
         plan = pack_fixed(lengths, options.micro_batch_size, options.data_parallel)
     else:
-        plan = pack(lengths, options.micro_batch_tokens or max(lengths), options.data_parallel)
+        budget = options.micro_batch_tokens or max(lengths)
+        plan = pack(lengths, budget, options.data_parallel, attention=options.pair_cost)
     return [[[samples[i] for i in indices] for indices in rank] for rank in plan]
 
 
@@ -208,8 +233,8 @@ def staleness(groups: Sequence[PromptGroup], version: int) -> dict[str, float]:
 
 
 def groups_with_signal(groups: list[PromptGroup], samples: list[TrainSample]) -> list[bool]:
-    """For each group whether any of its samples has an advantage other than 0."""
-    taught = {sample.ordinal for sample in samples if any(sample.advantages)}
+    """For each group whether any of its samples has an advantage other than 0, or a teacher's word."""
+    taught = {s.ordinal for s in samples if any(s.advantages) or (s.teacher_log_probs and any(s.loss_mask))}
     return [group.prompt.ordinal in taught for group in groups]
 
 

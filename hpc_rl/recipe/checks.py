@@ -168,9 +168,9 @@ def _kind(recipe: Recipe) -> Found:
     if recipe.kind == "rl":
         if recipe.rollout is None:
             yield ("rollout",), "kind rl needs a rollout section (engine, replicas, max_tokens)"
-        if not recipe.reward and recipe.simulator is None:
-            yield ("reward",), "kind rl needs at least one reward, for example [{name: gsm8k, weight: 1.0}]"
         name = recipe.algorithm.get("name")
+        if not recipe.reward and recipe.simulator is None and name != "distill":
+            yield ("reward",), "kind rl needs at least one reward, for example [{name: gsm8k, weight: 1.0}]"
         if name in SUPERVISED.values():
             kind = next(kind for kind, own in SUPERVISED.items() if own == name)
             yield ("algorithm", "name"), f"is {name!r}, which belongs to kind {kind}; for kind rl use grpo"

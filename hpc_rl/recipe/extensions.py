@@ -70,6 +70,8 @@ _BUILT_IN: dict[str, dict[str, Member]] = {
         "reinforce_pp_baseline": _algorithm("reinforce_pp:ReinforcePp", "ReinforcePpBaselineConfig"),
         "maxrl": _algorithm("maxrl:MaxRl", "MaxRlConfig"),
         "sft": _algorithm("sft:Sft", "SftConfig"),
+        "dpo": _algorithm("dpo:Dpo", "DpoConfig"),
+        "distill": _algorithm("distill:Distill", "DistillConfig"),
     },
     "rewards": {
         "gsm8k": Member("hpc_rl.rewards.gsm8k:Gsm8k", "hpc_rl.rewards.config:Gsm8kConfig"),

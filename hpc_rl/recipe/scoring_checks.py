@@ -23,6 +23,13 @@ def check_scoring(recipe: Recipe) -> Found:
         yield ("cluster", "reward"), text
     if recipe.cluster.teacher is not None and recipe.teacher is None:
         yield ("cluster", "teacher"), "this recipe has no teacher: remove it, or say teacher.path"
+    distils = recipe.algorithm.get("name") == "distill"
+    if recipe.kind == "rl" and distils and recipe.teacher is None:
+        text = "is 'distill', which learns from a model beside the policy: say teacher.path"
+        yield ("algorithm", "name"), text
+    if recipe.kind == "rl" and recipe.teacher is not None and not distils and not recipe.plugins:
+        text = f"algorithm {recipe.algorithm.get('name')} asks no teacher; use distill, or remove the section"
+        yield ("teacher",), text
     if recipe.teacher is not None and recipe.kind != "rl":
         yield ("teacher",), f"kind {recipe.kind} has no teacher; on-policy distillation is kind rl"
 
