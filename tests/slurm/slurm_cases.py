@@ -20,6 +20,7 @@ from hpc_rl.cluster.slurm.steps import role_python, step_argv
 from hpc_rl.plan import Plan, Site, make_plan, resolve_recipe
 from hpc_rl.recipe.load import load_recipe
 from hpc_rl.recipe.schema import Recipe
+from hpc_rl.supervisor.launchers import MODULES
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -116,6 +117,27 @@ CASES: dict[str, Case] = {
             }
         },
     ),
+    "reward_and_teacher": (
+        {
+            "reward": [{"name": "model", "path": "example/reward"}, {"name": "exact"}],
+            "algorithm": {"name": "distill"},
+            "teacher": {"path": "example/teacher"},
+            "cluster": {
+                "reward": {"replicas": 3, "partition": "gpu", "constraint": "a100"},
+                "teacher": {"replicas": 2, "gpus_per_replica": 4, "nodes": 2},
+            },
+        },
+        {"container": {"runtime": "pyxis", "images": {"rollout": "/shared/vllm.sqsh"}}},
+    ),
+    "shared_reward": (
+        {
+            "reward": [{"name": "model", "path": "example/reward"}],
+            "policy": {"parallel": {"dp_shard": 4}},
+            "rollout": {"replicas": 2, "parallel": {"tp": 1}},
+            "cluster": {"placement": "shared", "reward": {"replicas": 2}},
+        },
+        {"partitions": {"policy": "gpu", "rollout": "gpu"}},
+    ),
     "modules": ({}, {"setup": ["module purge", "module load cuda/12.9 python/3.11", "ulimit -l unlimited"]}),
     "template": (
         {"cluster": {"template": str(TEMPLATES / "recipe.sbatch.j2")}},
@@ -174,7 +196,7 @@ def step_lines(name: str) -> str:
         indices = [0] if group.role == "policy" else sorted({0, group.tasks - 1})
         for index in indices:
             python = role_python(site, group, "/usr/bin/python3")
-            command = [python, "-m", f"hpc_rl.{group.role}", str(RUN_DIR)]
+            command = [python, "-m", MODULES[group.role], str(RUN_DIR)]
             log = RUN_DIR / f"logs/attempt_1/{group.role}_{'%t' if group.role == 'policy' else index}.log"
             names = role_environment(plan, site, recipe, group.role)
             argv = step_argv(
