@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from hpc_rl.algorithms.advantages import FloatArray, has_signal, overlong_penalty, step_advantages
+from hpc_rl.algorithms.advantages import (
+    FloatArray,
+    has_signal,
+    overlong_penalty,
+    step_advantages,
+    turn_advantages,
+)
 from hpc_rl.algorithms.denominators import step_denominator
 from hpc_rl.bus.messages import MicroBatch, MiniBatch, TrainStep
 from hpc_rl.data.packing import pack, pack_fixed
@@ -39,6 +45,7 @@ class BatchOptions:
     mini_batches: int = 1  # optimizer updates that a step's samples are split into
     seed: int = 0  # of that split
     pair_cost: float = 0.0  # of attention, as data.packing counts work
+    credit: str = "trajectory"  # or turn: what an advantage is of
     teacher: bool = False  # the samples carry the teacher's log-probs, and tokens without one are not trained
 
     @classmethod
@@ -59,9 +66,10 @@ class BatchOptions:
 
 
 def to_sample(
-    trajectory: Trajectory, advantage: float, row: int = -1, *, teacher: bool = False
+    trajectory: Trajectory, advantage: float | FloatArray, row: int = -1, *, teacher: bool = False
 ) -> TrainSample:
-    """Prompt + answer as one sequence; `row` is that of a prompt with media. Tokens with a non-finite sampler
+    """Prompt + answer as one sequence; `row` is that of a prompt with media. `advantage` is one number, or
+    one for each turn. Tokens with a non-finite sampler
     log-prob leave the mask, and so do all tokens of an answer that could not be scored (reward NaN); with
     `teacher`, those that it did not score as well."""
     count, before = len(trajectory.token_ids), len(trajectory.prompt_ids)
@@ -69,13 +77,13 @@ def to_sample(
     if teacher:
         taught = trajectory.teacher_log_probs or [math.nan] * count
     mask, log_probs = trajectory.loss_mask or [1] * count, trajectory.log_probs
-    advantages = [advantage] * count
+    advantages = _of_tokens(trajectory, advantage)
     if math.isnan(trajectory.reward):
         mask = [0] * count
     mask = _finite(_finite(mask, log_probs), taught) if teacher else _finite(mask, log_probs)
     if 0 in mask:
         log_probs = [lp if m else 0.0 for m, lp in zip(mask, log_probs, strict=True)]
-        advantages = [advantage * m for m in mask]
+        advantages = [value * m for value, m in zip(advantages, mask, strict=True)]
     return TrainSample(
         ordinal=trajectory.ordinal,
         sample=trajectory.sample,
@@ -88,6 +96,16 @@ def to_sample(
         row=row,
         teacher_log_probs=[0.0] * before + taught if teacher else [],
     )
+
+
+def _of_tokens(trajectory: Trajectory, advantage: float | FloatArray) -> list[float]:
+    """The advantage of each token: a turn's tokens, and the environment's before them, have the turn's."""
+    if isinstance(advantage, int | float):
+        return [advantage] * len(trajectory.token_ids)
+    values: list[float] = []
+    for end, value in zip(trajectory.turn_ends, advantage.tolist(), strict=True):
+        values += [value] * (end - len(values))
+    return values + [0.0] * (len(trajectory.token_ids) - len(values))
 
 
 def _finite(mask: list[int], values: list[float]) -> list[int]:
@@ -115,7 +133,24 @@ def kept_groups(groups: list[PromptGroup], options: BatchOptions) -> list[Prompt
     """Those that are trained: all, or (`drop_zero_variance`) those whose answers were scored differently."""
     if not options.drop_zero_variance:
         return groups
-    return [group for group in groups if has_signal(raw_rewards(group))]
+    return [group for group in groups if _teaches(group, options)]
+
+
+def _teaches(group: PromptGroup, options: BatchOptions) -> bool:
+    """Whether the answers of a group were scored differently; with credit of turns, their ends or turns."""
+    if options.credit == "trajectory":
+        return has_signal(raw_rewards(group))
+    turns = turn_advantages("group_mean", [_outcomes(group, raw_rewards(group))], [_turn_rewards(group)])
+    return any(values.any() for values in turns[0])
+
+
+def _turn_rewards(group: PromptGroup) -> list[list[float]]:
+    return [trajectory.turn_rewards for trajectory in group.trajectories]
+
+
+def _outcomes(group: PromptGroup, rewards: FloatArray) -> FloatArray:
+    """What the ends of the answers earned [G]: their rewards without what their turns earned."""
+    return rewards - np.array([sum(turns) for turns in _turn_rewards(group)], dtype=np.float64)
 
 
 def make_samples(groups: list[PromptGroup], options: BatchOptions) -> list[TrainSample]:
@@ -123,12 +158,16 @@ def make_samples(groups: list[PromptGroup], options: BatchOptions) -> list[Train
     `options.rewards_alone` the rewards are where advantages are, 0 where scoring failed."""
     kept = kept_groups(groups, options)
     rewards = [shaped_rewards(group, options) for group in kept]
+    advantages: Sequence[Sequence[float | FloatArray]]
     if options.rewards_alone:
-        advantages = [np.nan_to_num(group, nan=0.0) for group in rewards]
+        advantages = [np.nan_to_num(group, nan=0.0).tolist() for group in rewards]
+    elif options.credit == "turn":
+        outcomes = [_outcomes(group, values) for group, values in zip(kept, rewards, strict=True)]
+        advantages = turn_advantages(options.advantage, outcomes, [_turn_rewards(group) for group in kept])
     else:
-        advantages = step_advantages(options.advantage, rewards)
+        advantages = [values.tolist() for values in step_advantages(options.advantage, rewards)]
     return [
-        to_sample(trajectory, float(advantage), media_row_of(group), teacher=options.teacher)
+        to_sample(trajectory, advantage, media_row_of(group), teacher=options.teacher)
         for group, values in zip(kept, advantages, strict=True)
         for trajectory, advantage in zip(group.trajectories, values, strict=True)
     ]
@@ -250,6 +289,7 @@ def rollout_metrics(
     lengths = np.array([len(t.token_ids) for t in trajectories])
     if signal is None:
         signal = [has_signal(raw_rewards(group)) for group in groups]
+    counted = {name for t in trajectories for name in t.metrics}
     metrics = {
         "rollout/reward_mean": float(np.nanmean(rewards)),
         "rollout/reward_std": float(np.nanstd(rewards)),
@@ -261,6 +301,7 @@ def rollout_metrics(
         "rollout/tokens": float(lengths.sum()),
         "rollout/groups": float(len(groups)),
         **staleness(groups, version),
+        **{f"rollout/{n}": float(np.mean([t.metrics.get(n, 0.0) for t in trajectories])) for n in counted},
     }
     for name in sorted({name for t in trajectories for name in t.rewards}):
         scores = [t.rewards[name] for t in trajectories if name in t.rewards]

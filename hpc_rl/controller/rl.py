@@ -31,6 +31,7 @@ from hpc_rl.controller.window import ORDERS, Chosen
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.roles import RoleProcess
 from hpc_rl.run.ledger import PromptLedger
+from hpc_rl.simulators.config import credit_of
 
 LOG = logging.getLogger("hpc_rl.controller")
 EMPTY_STEPS_LIMIT = 10
@@ -84,6 +85,7 @@ class RlController(Controller):
             ranks_per_replica=mesh.tp * mesh.pp * mesh.cp,
             micro_batch_tokens=recipe.policy.micro_batch_tokens,
             micro_batch_size=recipe.policy.micro_batch_size,
+            credit=credit_of(recipe),
             mini_batches=recipe.policy.updates.mini_batches,
             seed=recipe.seed,
         )

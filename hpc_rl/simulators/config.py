@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from hpc_rl.recipe.extensions import registry
-from hpc_rl.recipe.schema import Positive, Section
+from hpc_rl.recipe.schema import Positive, Recipe, Section
 
 
 class TextConfig(Section):
@@ -26,6 +26,11 @@ class TextConfig(Section):
     def rewarded(self) -> bool:
         """Whether the environment itself gives rewards."""
         return True
+
+
+def credit_of(recipe: Recipe) -> str:
+    """What the advantages of a recipe are of: `trajectory` or `turn`."""
+    return str((recipe.simulator or {}).get("credit", "trajectory"))
 
 
 class ToolConfig(Section):

@@ -179,3 +179,56 @@ def test_where_the_policy_makes_the_advantages_samples_carry_rewards() -> None:
     assert not any(made[2].loss_mask), "what could not be scored is not trained on, whatever it says here"
     step = PreparedStep.of(1, groups, options(rewards_alone=True))
     assert step.metrics["rollout/zero_variance_groups"] == 0.5
+
+
+def episode(sample: int, reward: float, earned: list[float], **changes) -> Trajectory:  # type: ignore[no-untyped-def]
+    """Turns of two tokens, each but the last followed by one token of the environment."""
+    turns = len(earned)
+    mask = ([1, 1, 0] * turns)[:-1]
+    return trajectory(
+        0,
+        sample,
+        len(mask),
+        reward,
+        loss_mask=mask,
+        log_probs=[-0.5 * m for m in mask],
+        turn_ends=[3 * k + 2 for k in range(turns)],
+        turn_rewards=earned,
+        metrics={"turns": float(turns)} | ({"tool_calls": 3.0} if turns > 1 else {}),
+        **changes,
+    )
+
+
+def test_tokens_of_the_environment_are_not_trained_on() -> None:
+    one = episode(0, 1.0, [0.0, 0.0])
+    sample = to_sample(one, 0.5)
+    assert sample.loss_mask == [0, 0, 0, 1, 1, 0, 1, 1]
+    assert sample.advantages == [0, 0, 0, 0.5, 0.5, 0, 0.5, 0.5]
+    assert sample.log_probs == [0, 0, 0, -0.5, -0.5, 0, -0.5, -0.5]
+    assert loss_denominator([sample], "token_mean") == 4
+
+
+def test_credit_of_turns_gives_each_turn_its_own_advantage() -> None:
+    prompt = Prompt(ordinal=0, epoch=0, row=0, content="x")
+    group = PromptGroup(
+        prompt, [episode(0, 1.2, [0.2, 0.0]), episode(1, 0.0, [0.0]), episode(2, 1.0, [0.0, 0.0])]
+    )
+    settings = options(advantage="group_mean", credit="turn")
+    samples = make_samples([group], settings)
+    # Outcomes 1, 0, 1 have mean 2/3; first turns .2, 0, 0 have mean .2/3; second turns are all 0.
+    end, first = 1 / 3, 0.2 * 2 / 3
+    assert samples[0].advantages[3:] == pytest.approx([end + first, end + first, 0, end, end])
+    assert samples[1].advantages[3:] == pytest.approx([-2 / 3 - 0.2 / 3] * 2)
+    assert samples[2].advantages[3:] == pytest.approx([end - 0.2 / 3] * 2 + [0, end, end])
+    whole = make_samples([group], options(advantage="group_mean"))
+    assert whole[0].advantages[3] == whole[0].advantages[6] == pytest.approx(1.2 - 2.2 / 3)
+    # Totals are equal, and still the turns teach something.
+    equal = PromptGroup(prompt, [episode(0, 0.2, [0.2, 0.0]), episode(1, 0.2, [0.0, 0.2])])
+    assert make_samples([equal], options(drop_zero_variance=True)) == []
+    assert len(make_samples([equal], options(drop_zero_variance=True, credit="turn"))) == 2
+
+
+def test_numbers_of_trajectories_are_reported_as_means() -> None:
+    prompt = Prompt(ordinal=0, epoch=0, row=0, content="x")
+    metrics = rollout_metrics([PromptGroup(prompt, [episode(0, 1.0, [0.0, 0.0]), episode(1, 0.0, [0.0])])], 0)
+    assert (metrics["rollout/turns"], metrics["rollout/tool_calls"]) == (1.5, 1.5)
