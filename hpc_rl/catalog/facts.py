@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rl.catalog.families import Family, family_of
+from hpc_rl.catalog.flops import ModelFlops, model_flops
 
 _MAX_HEADER = 100_000_000  # bytes; the safetensors format's own limit
 # Names of one size over the families; GPT-2's own come second.
@@ -39,6 +40,7 @@ class ModelFacts:
     parameters: int | None
     parameters_from: str = "unknown"  # safetensors | config | unknown
     shapes: dict[str, list[int]] | None = None  # of every tensor, by its name in the files
+    flops: ModelFlops | None = None
     dtypes: frozenset[str] = frozenset()  # of the matrices in the files, as safetensors names them
 
 
@@ -78,6 +80,7 @@ def read_facts(folder: Path) -> ModelFacts:
         parameters=counted,
         parameters_from=origin if counted is not None else "unknown",
         shapes=shapes,
+        flops=model_flops(config),
         dtypes=frozenset(entry["dtype"] for entry in (tensors or {}).values() if len(entry["shape"]) > 1),
     )
 

@@ -28,6 +28,12 @@ class ModelFlops:
     head: int
     attention: int
 
+    @property
+    def pair_cost(self) -> float:
+        """What attention between a token and each position costs over what the token's parameters cost: a
+        sequence of L tokens takes L + pair_cost L^2 times a token's work."""
+        return 2.0 * self.attention / (self.body + self.head)
+
     def step(self, tokens: float, trained: float, squares: float, trained_share: float = 1.0) -> float:
         """FLOPs of forward and backward over `tokens` positions, `trained` of them with a loss, in
         sequences whose squared lengths add up to `squares`."""

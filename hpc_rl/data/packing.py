@@ -1,9 +1,11 @@
 """Packing by tokens: which sequences go into which forward of which rank.
 
 Every rank gets the same number of micro-batches, because FSDP's collectives pair up forward by forward.
-Within that, the micro-batches are levelled: the slowest rank of each forward sets the pace of all.
-Longest-processing-time first onto the fewest micro-batches that hold everything; where that overflows
-a micro-batch, best-fit decreasing (whose packing gave the count) is used as it is.
+Within that, the micro-batches are levelled: the slowest rank of each forward sets the pace of all. What is
+levelled is work: a sequence of L tokens costs L + attention L^2, while tokens alone bound a micro-batch.
+Longest-processing-time first onto the fewest micro-batches that hold everything; where that overflows a
+micro-batch, best-fit decreasing (whose packing gave the count), with sequences moved and exchanged between
+the dearest and the cheapest micro-batches for as long as that helps.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Literal
 import numpy as np
 
 Bins = list[list[int]]
+# Of the exchange between micro-batches: rounds per micro-batch, partners and sequences that are looked at.
+ROUNDS, PARTNERS, CHOICE = 8, 4, 12
 
 
 class PackingError(ValueError):
@@ -27,8 +31,10 @@ def pack(
     micro_batch_tokens: int,
     ranks: int,
     overlong: Literal["own", "error"] = "own",
+    attention: float = 0.0,
 ) -> list[list[list[int]]]:
     """Spread sequences over ranks and micro-batches: `result[rank][micro_batch] -> indices into lengths`.
+    `attention` is the cost of a pair of tokens over that of a token (`catalog.flops.ModelFlops.pair_cost`).
 
     Every index appears exactly once and every rank has the same number of micro-batches; with fewer
     sequences than ranks some are empty. No micro-batch exceeds `micro_batch_tokens`, but a single
@@ -47,10 +53,12 @@ def pack(
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     fitted = best_fit(lengths, micro_batch_tokens)
     count = max(ranks, -(-len(fitted) // ranks) * ranks)
-    levelled = _level(lengths, order, micro_batch_tokens, count)
+    costs = [length + attention * length * length for length in lengths]
+    levelled = _level(lengths, costs, order, micro_batch_tokens, count)
     if levelled is None:
         levelled = fitted + [[] for _ in range(count - len(fitted))]
-    return _deal(lengths, levelled, ranks)
+        _even_out(lengths, costs, levelled, micro_batch_tokens)
+    return _deal(costs, levelled, ranks)
 
 
 def pack_fixed(lengths: Sequence[int], micro_batch_size: int, ranks: int) -> list[list[list[int]]]:
@@ -99,28 +107,88 @@ def best_fit(lengths: Sequence[int], capacity: int) -> Bins:
     return bins
 
 
-def _level(lengths: Sequence[int], order: Sequence[int], capacity: int, count: int) -> Bins | None:
-    """Longest first into the emptiest of `count` bins; None if a bin of several would overflow."""
-    heap = [(0, number) for number in range(count)]
+def _level(
+    lengths: Sequence[int], costs: Sequence[float], order: Sequence[int], capacity: int, count: int
+) -> Bins | None:
+    """Longest first into the cheapest of `count` bins that has room; None if there is none."""
+    heap = [(0.0, number) for number in range(count)]
     bins: Bins = [[] for _ in range(count)]
+    used = [0] * count
     for index in order:
-        used, number = heapq.heappop(heap)
-        if bins[number] and used + lengths[index] > capacity:
+        passed = []
+        while heap and used[heap[0][1]] and used[heap[0][1]] + lengths[index] > capacity:
+            passed.append(heapq.heappop(heap))
+        if not heap:
             return None
+        cost, number = heapq.heappop(heap)
         bins[number].append(index)
-        heapq.heappush(heap, (used + lengths[index], number))
+        used[number] += lengths[index]
+        for entry in (*passed, (cost + costs[index], number)):
+            heapq.heappush(heap, entry)
     return bins
 
 
-def _deal(lengths: Sequence[int], bins: Bins, ranks: int) -> list[list[list[int]]]:
+def _even_out(lengths: Sequence[int], costs: Sequence[float], bins: Bins, capacity: int) -> None:
+    """Move a sequence from the dearest bin to a cheap one, or exchange two, while the dearer of both gets
+    cheaper; in place, at most some rounds per bin."""
+    used = [sum(lengths[i] for i in one) for one in bins]
+    cost = [sum(costs[i] for i in one) for one in bins]
+    for _ in range(ROUNDS * len(bins)):
+        high = max(range(len(bins)), key=lambda n: (cost[n], n))
+        for low in sorted(range(len(bins)), key=lambda n: (cost[n], n))[:PARTNERS]:
+            found = _exchange(lengths, costs, bins, (high, low), used, cost[high] - cost[low], capacity)
+            if found is not None:
+                break
+        else:
+            return
+        out, back = found
+        for source, target, index in ((high, low, out), (low, high, back)):
+            if index is not None:
+                bins[source].remove(index)
+                bins[target].append(index)
+        for number in (high, low):
+            used[number] = sum(lengths[i] for i in bins[number])
+            cost[number] = sum(costs[i] for i in bins[number])
+
+
+def _exchange(
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    bins: Bins,
+    pair: tuple[int, int],
+    used: Sequence[int],
+    gap: float,
+    capacity: int,
+) -> tuple[int, int | None] | None:
+    """What to take out of the dearer bin of `pair` and to put back (or None) to halve `gap` best; None if
+    nothing narrows it."""
+    high, low = pair
+    best, found = gap, None
+    for out in _ends(bins[high]):
+        for back in (None, *_ends(bins[low])):
+            returned = lengths[back] if back is not None else 0
+            moved = costs[out] - (costs[back] if back is not None else 0.0)
+            room = used[low] + lengths[out] - returned <= capacity
+            room &= used[high] - lengths[out] + returned <= capacity
+            if room and abs(gap - 2 * moved) < best - 1e-9 * gap:
+                best, found = abs(gap - 2 * moved), (out, back)
+    return found
+
+
+def _ends(members: list[int]) -> list[int]:
+    """Its longest and its shortest, of a bin of many: enough to choose from."""
+    return members if len(members) <= 2 * CHOICE else members[:CHOICE] + members[-CHOICE:]
+
+
+def _deal(costs: Sequence[float], bins: Bins, ranks: int) -> list[list[list[int]]]:
     """Sorted by size, `ranks` bins to each round: forwards that run together are nearly equal.
 
-    Within a round the rank with the fewest tokens so far takes the largest bin.
+    Within a round the rank with the least work so far takes the largest bin.
     """
-    sizes = {id(b): sum(lengths[i] for i in b) for b in bins}
+    sizes = {id(b): sum(costs[i] for i in b) for b in bins}
     ordered = sorted(bins, key=lambda b: (-sizes[id(b)], b))
     result: list[list[list[int]]] = [[] for _ in range(ranks)]
-    totals = [0] * ranks
+    totals = [0.0] * ranks
     for start in range(0, len(ordered), ranks):
         takers = sorted(range(ranks), key=lambda r: (totals[r], r))
         for rank, members in zip(takers, ordered[start : start + ranks], strict=True):

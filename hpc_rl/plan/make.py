@@ -13,7 +13,7 @@ from hpc_rl.catalog.trainers import MESH_DIMENSIONS, unsupported_dimensions
 from hpc_rl.plan.adapters import lora_sync, obstacle
 from hpc_rl.plan.advice import advice
 from hpc_rl.plan.groups import Placement, Sizer
-from hpc_rl.plan.memory import estimate, memory_warnings
+from hpc_rl.plan.memory import auto_transport, copies_note, estimate, memory_warnings
 from hpc_rl.plan.schema import Mesh, Plan
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.checks import parse_time
@@ -69,8 +69,9 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
         prompts_per_step=recipe.policy.batch_size // group_size if recipe.kind == "rl" else 0,
         total_steps=None if recipe.eval.only else recipe.policy.steps,
         memory=memory,
+        pair_cost=facts.flops.pair_cost if facts is not None and facts.flops is not None else 0.0,
         lora_sync=lora,
-        notes=[note] if note else [],
+        notes=[text for text in (note, copies_note(recipe, facts and facts.parameters, groups)) if text],
         warnings=warnings,
         site_profile=site.model_dump(mode="json"),
     )
@@ -108,7 +109,7 @@ def resolve_recipe(loaded: LoadedRecipe, site: Site, plan: Plan) -> Recipe:
         recipe.checkpoint.upload_hub = recipe.checkpoint.upload_s3 = None
     if recipe.rollout is not None and recipe.rollout.weights.transport == "auto":
         on_gpu = all(group.gpus_per_task > 0 for group in plan.groups if group.role in ("policy", "rollout"))
-        recipe.rollout.weights.transport = "nccl" if on_gpu else "gloo"
+        recipe.rollout.weights.transport = auto_transport(recipe.rollout.weights, on_gpu)
     if recipe.rollout is not None and plan.lora_sync is not None:
         recipe.rollout.weights.lora = plan.lora_sync
     return recipe

@@ -86,6 +86,7 @@ class Plan(_Data):
     prompts_per_step: int = 0
     total_steps: int | None = None  # None: known only after the data is counted (epochs)
     memory: MemoryEstimate | None = None
+    pair_cost: float = 0.0  # of attention (catalog.flops); 0: the model's sizes are not known
     lora_sync: Literal["merged", "adapter"] | None = None  # None: no adapters, or no rollouts
     notes: list[str] = []
     warnings: list[str] = []
