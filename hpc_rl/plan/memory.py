@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
-from hpc_rl.plan.schema import MemoryEstimate, Mesh
+from hpc_rl.plan.schema import Group, MemoryEstimate, Mesh
 from hpc_rl.recipe.reference_model import reference_mode
-from hpc_rl.recipe.schema import Lora, Model, Recipe
+from hpc_rl.recipe.schema import Lora, Model, Recipe, WeightSync
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -144,3 +145,26 @@ def memory_warnings(recipe: Recipe, memory: MemoryEstimate) -> list[str]:
                 "raise rollout.parallel.tp"
             )
     return warnings
+
+
+def auto_transport(sync: WeightSync, on_gpu: bool) -> str:
+    """What `rollout.weights.transport: auto` is: nccl between GPUs, unless copies on the hosts are wanted."""
+    return "nccl" if on_gpu and sync.mode == "full" and not sync.overlap else "gloo"
+
+
+def copies_note(recipe: Recipe, parameters: int | None, groups: Sequence[Group]) -> str:
+    """How much host memory pushes that overlap take, and where; empty where they do not."""
+    if recipe.rollout is None or parameters is None or not recipe.has_policy:
+        return ""
+    sync = recipe.rollout.weights
+    on_gpu = all(group.gpus_per_task > 0 for group in groups if group.role in ("policy", "rollout"))
+    transport = auto_transport(sync, on_gpu) if sync.transport == "auto" else sync.transport
+    if transport == "nccl" or sync.overlap is False or sync.lora == "adapter":
+        return ""
+    size = parameters * _BYTES[recipe.model.dtype] / GIB
+    workers = recipe.rollout.parallel.tp * recipe.rollout.parallel.pp
+    each = "each replica" if workers == 1 else f"each of the {workers} workers of a replica"
+    return (
+        f"pushes overlap with training and generation: policy rank 0 and {each} keep a copy of the weights "
+        f"in host memory, {size:.2f} GiB (rollout.weights.overlap: false does without)"
+    )
