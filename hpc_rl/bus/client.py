@@ -162,6 +162,18 @@ class Bus:
             buffer = b"".join(commands)
             self._call(lambda client: _add(client, buffer, count))
 
+    def send_all(self, messages: Sequence[tuple[str, Message]]) -> None:
+        """Append each message to its stream, in this order, in one exchange with Redis. Raises BusLost."""
+        if not messages:
+            return
+        with self._send_lock:
+            commands: list[bytes] = []
+            for stream, message in messages:
+                number = b"%b:%d" % (self._sender, next(self._numbers))
+                commands += _pack(stream, [(number, _encode(message))])[0]
+            buffer = b"".join(commands)
+            self._call(lambda client: _add(client, buffer, len(messages)))
+
     def receive(
         self, stream: str, *, cursor: str, count: int = 64, block_s: float
     ) -> tuple[list[Message], str]:

@@ -68,6 +68,7 @@ class Controller(ABC):
         self.ending: tuple[int, str] | None = None  # (exit code, reason): no new steps, save, stop
         self.stop_sent: float | None = None
         self.gone: set[tuple[str, int]] = set()
+        self.poll_s = TICK_S / 5  # how long the loop waits for messages
         self._ticked = 0.0
 
     # --- hooks of the kinds -----------------------------------------------------------------------
@@ -103,7 +104,7 @@ class Controller(ABC):
         self.members.start_all()
         self.role.phase("start")
         while True:
-            for message in self.role.inbox.poll(0.2):
+            for message in self.role.inbox.poll(self.poll_s):
                 self.handle(message)
             if time.monotonic() - self._ticked >= TICK_S:
                 self._ticked = time.monotonic()

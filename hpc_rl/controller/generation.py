@@ -26,7 +26,7 @@ GENERATE_LIMIT_S = 1800.0
 
 
 class Generation:
-    """`send(replica index, message)` writes to a replica's inbox."""
+    """`send` takes (stream, message) pairs for replicas' inboxes."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Generation:
         window: PromptWindow,
         source: PromptSource,
         *,
-        send: Callable[[int, m.Message], None],
+        send: Callable[[list[tuple[str, m.Message]]], None],
         tell: Callable[..., None],
     ) -> None:
         assert recipe.rollout is not None
@@ -50,19 +50,22 @@ class Generation:
 
     # --- out --------------------------------------------------------------------------------------
     def hand_out(self, evaluator: Evaluator) -> None:
-        """Give prompts to all replicas that have room for them and may have them."""
+        """Give prompts to all replicas that have room for them and may have them. They go out together: an
+        exchange with Redis for each would take longer than all else here."""
+        out: list[tuple[str, m.Message]] = []
         for replica in self.dispatch.candidates():
             request = evaluator.next_request(replica.index, replica.incarnation)
             if request is None:
                 request = self._next(replica)
             if request is None:
                 if replica.version == self.dispatch.newest():
-                    return  # what its version may not start, none may
+                    break  # what its version may not start, none may
                 continue
             if self.dispatch.all_idle:
                 self._last_answer = time.monotonic()  # the clock of `check` starts now
             self.dispatch.began(replica.index)
-            self._send(replica.index, request)
+            out.append((m.inbox("rollout", replica.index), request))
+        self._send(out)
 
     def _next(self, replica: Replica) -> m.Generate | None:
         assert replica.version is not None

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 from hpc_rl.bus import messages as m
-from hpc_rl.controller.base import Controller
+from hpc_rl.controller.base import TICK_S, Controller
 from hpc_rl.controller.batch import BatchOptions, PreparedStep
 from hpc_rl.controller.evaluation import evaluator_of
 from hpc_rl.controller.evaluation_turn import EvaluationTurn
 from hpc_rl.controller.generation import Generation
 from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
+from hpc_rl.controller.packer import POLL_S, Packer
 from hpc_rl.controller.prompts import PromptSource
 from hpc_rl.controller.pushes import Pushes
 from hpc_rl.controller.scoring import ScoringGroups
@@ -49,15 +50,15 @@ class RlController(Controller):
         self.rollout = role.recipe.rollout
         self.algorithm = registry("algorithms").config(role.recipe.algorithm["name"], role.recipe.algorithm)
         self.ledger = PromptLedger(role.run_dir, role.attempt)
+        self.outbox: list[tuple[str, m.Message]] = []  # for replicas, sent in one exchange
         self.pushes = Pushes(
             self.members,
             to_policy=self.to_policy,
-            to_replica=lambda index, message: role.bus.send(m.inbox("rollout", index), message),
+            to_replica=lambda index, message: self.outbox.append((m.inbox("rollout", index), message)),
             timeout_s=self.rollout.weights.timeout_s,
         )
         self.scoring = ScoringGroups(self.members, role.bus.send)
         self.batch: dict[int, tuple[Chosen, dict[str, float]]] = {}
-        self.prepared: PreparedStep | None = None
         self.signal = SignalWatch()
         self.empty_steps = 0  # in a row
         self.policy_idle = Share()
@@ -88,7 +89,9 @@ class RlController(Controller):
             credit=credit_of(recipe),
             mini_batches=recipe.policy.updates.mini_batches,
             seed=recipe.seed,
+            pair_cost=self.plan.pair_cost,
         )
+        self.packer = Packer(self.packing)
         self.evaluator = evaluator_of(recipe, base)
         self.recorder = make_recorder(self.role, self.total_steps, restored=step)
         self.generation = Generation(
@@ -97,7 +100,7 @@ class RlController(Controller):
             self.members,
             self.window,
             self.source,
-            send=lambda index, message: self.role.bus.send(m.inbox("rollout", index), message),
+            send=self.role.bus.send_all,
             tell=self.events.append,
         )
         if step > 0:
@@ -203,23 +206,23 @@ class RlController(Controller):
         needed = self.step < self.total_steps or self.turn.version == self.step
         if self.turn.allows_push(self.step) and needed and (behind := self.pushes.behind(self.step)):
             self.pushes.begin(self.step, behind)
+            self.role.bus.send_all(self.outbox)
+            self.outbox = []
             self._members_changed()
 
     def _prepare(self) -> None:
         """Pack the next step as soon as its prompts are there, while the policy is still busy."""
-        if self.prepared is None and self.window.ready():
-            chosen = self.window.reserve()
-            self.prepared = PreparedStep.of(
-                chosen.step, chosen.groups, self.packing, dropped=chosen.dropped_groups
-            )
+        if self.packer.empty and self.window.ready():
+            self.packer.begin(self.window.reserve())
+        self.poll_s = POLL_S if self.packer.busy else TICK_S / 5
 
     def _train_if_ready(self) -> None:
         if self.step != self.commanded or self.ending or self._must_push_first():
             return
         self._prepare()
-        if self.prepared is None:
+        ready = self.packer.take()
+        if ready is None:
             return
-        ready, self.prepared = self.prepared, None
         chosen = self.window.ahead
         assert chosen is not None and chosen.step == ready.step
         for rank, command in enumerate(ready.commands):

@@ -89,6 +89,8 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True):
     @property
     def oldest_version(self) -> int:
         """The version of the oldest weights that made a token (0 for an empty answer)."""
+        if len(self.spans) == 1:
+            return self.spans[0].version
         return min((span.version for span in self.spans), default=0)
 
 

@@ -29,6 +29,10 @@ class SentMessages:
     def send(self, stream: str, message: Any) -> None:
         self.streams[stream].append(message)
 
+    def send_all(self, messages: list[tuple[str, Any]]) -> None:
+        for stream, message in messages:
+            self.send(stream, message)
+
     def heartbeats(self) -> dict:
         return {}
 
@@ -78,7 +82,7 @@ def make_controller(
     )
     mesh = SimpleNamespace(world_size=1, dp_replicate=1, dp_shard=1, tp=1, pp=1, cp=1)
     role: Any = SimpleNamespace(
-        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[]), run_dir=run, attempt=attempt,
+        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[], pair_cost=0.0), run_dir=run, attempt=attempt,
         bus=SentMessages(),
         phase=lambda *_: None,
     )  # fmt: skip
@@ -105,6 +109,7 @@ class Simulation:
         self.denominators: set[float] = set()
         self.evaluated: dict[str, set[int]] = defaultdict(set)  # evaluation -> versions that answered
         self.skill: Callable[[int], float] = lambda version: 0.0  # what a version scores in evaluations
+        self.score = 1.0  # of every second answer to a training prompt
         self.silent: Callable[[int], bool] = lambda ordinal: False  # whose answers all score the same
 
     def run(self, rounds: int = ROUNDS, *, step: int = 0) -> bool:
@@ -186,7 +191,7 @@ class Simulation:
         spans = [VersionSpan(version, 0, 2)]
         spread = 0 if self.silent(request.prompt.ordinal) else 1
         scores = [
-            i % 2 * spread if request.purpose == "train" else self.skill(version)
+            self.score * (i % 2) * spread if request.purpose == "train" else self.skill(version)
             for i in range(request.group_size)
         ]
         trajectories = [

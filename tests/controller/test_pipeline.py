@@ -212,3 +212,30 @@ def test_state_of_a_version_without_deadlines_is_read(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps(newer))
     with pytest.raises(AttemptFailed, match=r"newer hpc-rl \(format 99"):
         read_state(tmp_path, *everything)
+
+
+def test_a_large_step_is_packed_beside_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run with every step packed in the thread: it ends, and trains the same."""
+    monkeypatch.setattr("hpc_rl.controller.packer.AT_ONCE_TOKENS", 0)
+    controller = make_controller(tmp_path, steps=8, replicas=2, before=True)
+    busy = []
+
+    class Patient(Simulation):
+        def policy_acts(self) -> None:
+            busy.append(controller.packer.busy)
+            assert (controller.poll_s < 0.01) >= controller.packer.busy, "the loop looks again soon"
+            super().policy_acts()
+
+    simulation = Patient(controller, 5, deaths=0, ack=0.9)
+    assert simulation.run(100_000)
+    assert sorted(ledger(controller)[0]) == list(range(8 * PROMPTS_PER_STEP))
+    assert any(busy)
+
+
+def test_a_mistake_while_packing_ends_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpc_rl.controller.packer.AT_ONCE_TOKENS", 0)
+    controller = make_controller(tmp_path, steps=8, replicas=2, before=True, algorithm={"name": "maxrl"})
+    simulation = Simulation(controller, 5, deaths=0, ack=0.9)
+    simulation.score = -1.0
+    with pytest.raises(ValueError, match="must not be negative"):
+        simulation.run(100_000)

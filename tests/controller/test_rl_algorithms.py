@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rl.algorithms.config import RlConfig
 from hpc_rl.recipe.extensions import registry
 from tests.controller.simulation import GROUP_SIZE, PROMPTS_PER_STEP, Simulation, make_controller
 
-RL = sorted(set(registry("algorithms").names()) - {"sft"})
+CLASSES = {name: registry("algorithms").config_class(name) for name in registry("algorithms").names()}
+RL = sorted(name for name, cls in CLASSES.items() if issubclass(cls, RlConfig) and name != "distill")
 MAX_TOKENS = 1024  # rollout.max_tokens of the simulation
 
 
