@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_rl.algorithms.dpo import Pairs
 from hpc_rl.bus.messages import TrainStep
 from hpc_rl.bus.server import RedisServer
 from hpc_rl.data.errors import DataError
+from hpc_rl.policy.batching import pack_samples
 from hpc_rl.recipe.schema import Recipe
+from hpc_rl.types import TrainSample
 from tests.policy.sft_runs import (
     SGD,
     apart,
@@ -27,8 +30,10 @@ from tests.policy.sft_runs import (
     train,
     with_eval,
 )
+from tests.tiny_vlms import save_vlm
 from tests.training import TEXTS, make_recipe
 
+pytestmark = [pytest.mark.torch, pytest.mark.redis]
 torch.set_num_threads(1)
 
 
@@ -156,3 +161,34 @@ def test_validation_without_a_pair_is_an_error(tiny_model: Path, tmp_path: Path)
     with pytest.raises(DataError, match="validation rows"):
         trainer.evaluate(0)
     trainer.close()
+
+
+def test_a_pair_beside_a_blank_picture_keeps_its_numbers() -> None:
+    """A forward of a model that needs a picture has a sequence that is no pair, and counts as none."""
+    picture = {"pixel_values": torch.ones(1, 3)}
+    blank = TrainSample(-1, -1, [1, 2], [0, 0], [], [], media=picture)
+    pair = TrainSample(4, 0, [5, 6, 7, 5, 8], [0, 1, 1, 0, 1], [], [], split=3)
+    batch = pack_samples([blank, pair], 1.0, torch.device("cpu"))
+    assert batch.row.position_ids.tolist() == [0, 1, 0, 1, 2, 0, 1]
+    assert batch.row.keep.tolist() == [2, 3, 5]
+    assert batch.row.media is not None
+    assert [one is None for one in batch.row.media] == [False, True, True]
+    assert (batch.tokens.sequence.tolist(), batch.tokens.num_sequences) == ([2, 2, 3], 4)
+    log_probs = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True)
+    found = Pairs.of(batch.tokens, log_probs, reference=False)
+    assert found.current.tolist() == [[0, 0], [-3, -4]]
+    assert found.mask.tolist() == [0, 1]
+    bad = TrainSample(4, 0, [5, 6, 7, 5, 8], [0, 1, 1, 1, 1], [], [], split=3)
+    with pytest.raises(ValueError, match=r"sample 4\.0: nothing predicts the first token"):
+        pack_samples([bad], 1.0, torch.device("cpu"))
+
+
+def test_text_pairs_on_a_model_that_needs_pictures(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Each rank reads its own rows then; the pairs are counted over all of them."""
+    recipe = pair_recipe(tmp_path, save_vlm(tmp_path / "model", "mllama"), steps=3, optimizer=SGD)
+    one = one_process(tmp_path / "one", recipe, cut=1)
+    assert one["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert one["losses"][2] < one["losses"][0]
+    _, two = sharded(tmp_path / "two", recipe, redis_server, 3, 1)
+    assert apart(one["losses"], two["losses"]) < 1e-5
+    assert apart(one["evals"], two["evals"]) < 1e-5
