@@ -113,6 +113,9 @@ class PacedEngine:
     async def abort(self, request_id: str) -> None:
         return None
 
+    async def fetch_weights(self, version: int, timeout_s: float) -> None:
+        return None
+
     async def pause(self) -> None:
         return None
 

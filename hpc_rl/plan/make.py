@@ -58,6 +58,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
     if problems:
         raise RecipeError(problems)
     group_size = recipe.algorithm.get("group_size", 1)
+    copies = copies_note(recipe, facts.parameters if facts else None, groups, adapter=lora == "adapter")
     return Plan(
         name=recipe.name,
         kind=recipe.kind,
@@ -71,7 +72,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
         memory=memory,
         pair_cost=facts.flops.pair_cost if facts is not None and facts.flops is not None else 0.0,
         lora_sync=lora,
-        notes=[text for text in (note, copies_note(recipe, facts and facts.parameters, groups)) if text],
+        notes=[text for text in (note, copies) if text],
         warnings=warnings,
         site_profile=site.model_dump(mode="json"),
     )

@@ -152,14 +152,16 @@ def auto_transport(sync: WeightSync, on_gpu: bool) -> str:
     return "nccl" if on_gpu and sync.mode == "full" and not sync.overlap else "gloo"
 
 
-def copies_note(recipe: Recipe, parameters: int | None, groups: Sequence[Group]) -> str:
+def copies_note(
+    recipe: Recipe, parameters: int | None, groups: Sequence[Group], *, adapter: bool = False
+) -> str:
     """How much host memory pushes that overlap take, and where; empty where they do not."""
     if recipe.rollout is None or parameters is None or not recipe.has_policy:
         return ""
     sync = recipe.rollout.weights
     on_gpu = all(group.gpus_per_task > 0 for group in groups if group.role in ("policy", "rollout"))
     transport = auto_transport(sync, on_gpu) if sync.transport == "auto" else sync.transport
-    if transport == "nccl" or sync.overlap is False or sync.lora == "adapter":
+    if transport == "nccl" or sync.overlap is False or adapter:
         return ""
     size = parameters * _BYTES[recipe.model.dtype] / GIB
     workers = recipe.rollout.parallel.tp * recipe.rollout.parallel.pp

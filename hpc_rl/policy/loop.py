@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 
 from hpc_rl.bus import messages as m
 from hpc_rl.checkpoint.evaluated import use_checkpoint
@@ -21,6 +22,7 @@ LOAD_LIMIT_S = 3600.0
 STEP_LIMIT_S = 3600.0
 EVAL_LIMIT_S = 3600.0
 SAVE_LIMIT_S = 1800.0
+PUSH_SLACK_S = 60.0
 IDLE_POLL_S = 0.5
 BUSY_POLL_S = 0.05
 
@@ -67,8 +69,14 @@ class PolicyLoop:
                     self._stop(message)
                     return
                 self._handle(message)
-                self._report(self.trainer.poll())
-            self._report(self.trainer.poll())
+                self._poll()
+            self._poll()
+
+    def _poll(self) -> None:
+        """What ended in the background; a push that failed there ends this process."""
+        self._report(self.trainer.poll())
+        if self._sender is not None:
+            self._sender.check()
 
     def close(self) -> None:
         if self._sender is not None:
@@ -110,26 +118,32 @@ class PolicyLoop:
             self.role.send(m.EvalDone(message.step, time.monotonic() - began, metrics))
 
     def _push(self, message: m.PushWeights) -> None:
+        """Gather the weights; whether they have left when this returns is the sender's business."""
         assert self.weights is not None, "a run without rollouts was told to push weights"
         source = self.trainer.source()
-        limit = self.weights.timeout_s
-        with self.role.within("sync", limit + 60.0):
+        # A push before this one may still be under way: both have the deadline of the recipe.
+        with self.role.within("sync", 2 * self.weights.timeout_s + PUSH_SLACK_S):
             if self.rank != 0:
                 drain(source, self.weights.bucket_mb << 20)
                 return
-            result: PushResult = self._get_sender().push(
-                message.version, source, message.replicas, message.incarnations
-            )
+            began = time.monotonic()
+            replicas = len(message.replicas)
+            done = partial(self._pushed, replicas)
+            self._get_sender().start(message.version, source, message.replicas, message.incarnations, done)
+            self.role.log.info("version %d: gathered in %.3f s", message.version, time.monotonic() - began)
+
+    def _pushed(self, replicas: int, result: PushResult) -> None:
+        """Tell the controller at once, from the sender's thread: a step may be under way for long."""
         self.role.log.info(
             "version %d: pushed %d tensors, %.3f MB, to %d replicas in %.2f s",
-            message.version,
+            result.version,
             result.tensors,
             result.nbytes / 1e6,
-            len(message.replicas) - len(result.failed),
+            replicas - len(result.failed),
             result.seconds,
         )
         failed = {str(replica): reason for replica, reason in result.failed.items()}
-        self.role.send(m.WeightsPushed(message.version, result.seconds, result.nbytes, failed))
+        self.role.send(m.WeightsPushed(result.version, result.seconds, result.nbytes, failed))
 
     def _get_sender(self) -> Sender:
         if self._sender is None:
@@ -168,6 +182,8 @@ class PolicyLoop:
 
     def _stop(self, message: m.Stop) -> None:
         with self.role.within("stop", SAVE_LIMIT_S):
+            if self._sender is not None:
+                self._sender.wait()  # no longer than `rollout.weights.timeout_s`
             self._report(self.trainer.finish())
         self.role.log.info("stopped: %s", message.reason)
         self.role.send(m.RoleStopped("policy", self.rank))

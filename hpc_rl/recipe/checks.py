@@ -328,6 +328,7 @@ def _rollout(recipe: Recipe) -> Found:
         )
     if rollout.weights.lora == "adapter" and recipe.model.lora is None:
         yield ("rollout", "weights", "lora"), "is 'adapter'; there is none without model.lora"
+    yield from _weight_sync(recipe)
     buffer = recipe.algorithm.get("overlong_buffer", 0)
     if isinstance(buffer, int) and buffer > rollout.max_tokens:
         yield (
@@ -343,6 +344,23 @@ def _rollout(recipe: Recipe) -> Found:
             ("algorithm", "temperature"),
             f"is {temperature:g}; rollout.engine {rollout.engine} takes at most {hottest:g}",
         )
+
+
+def _weight_sync(recipe: Recipe) -> Found:
+    assert recipe.rollout is not None
+    sync = recipe.rollout.weights
+    delta, mode = sync.mode == "delta", ("rollout", "weights", "mode")
+    if delta and recipe.model.dtype == "float32":
+        yield mode, "is 'delta', which is for 16-bit weights; model.dtype is float32: use full"
+    if delta and sync.lora == "adapter":
+        yield mode, "is 'delta'; an adapter alone travels whole: use full, or rollout.weights.lora merged"
+    if delta and sync.overlap is False:
+        text = "is false; with mode delta both sides keep copies and pushes overlap: leave it out"
+        yield ("rollout", "weights", "overlap"), text
+    if sync.transport == "nccl" and (delta or sync.overlap):
+        what = "mode delta needs" if delta else "overlap needs"
+        text = f"is 'nccl', which sends whole weights out of GPU memory; {what} gloo"
+        yield ("rollout", "weights", "transport"), text
 
 
 def _cluster(recipe: Recipe) -> Found:

@@ -27,13 +27,15 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class TransferSettings:
-    """How a replica meets the policy. The bus file holds the password; only its path is passed on."""
+    """How a replica meets the policy. The bus file holds the password; only its path is passed on. With
+    `keep`, each worker keeps a copy of the weights that arrived last in host memory."""
 
     bus_file: Path
     attempt: int
     replica: int
     incarnation: int
     transport: str = "gloo"
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ class Engine(Protocol):
 
     async def abort(self, request_id: str) -> None:
         """End a request early; its samples come back with finish `abort`."""
+        ...
+
+    async def fetch_weights(self, version: int, timeout_s: float) -> None:
+        """Take the push of `version` in while generation goes on, as far as the engine can: what is here at
+        the pause need not be waited for then. Changes no weight. Raises WeightTransferError."""
         ...
 
     async def pause(self) -> None:

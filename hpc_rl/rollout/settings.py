@@ -12,7 +12,7 @@ from hpc_rl.rewards.base import reward_specs
 from hpc_rl.rewards.pool import ScorerPool
 from hpc_rl.rollout.engine import AdapterShape, EngineSettings, TransferSettings
 from hpc_rl.simulators.base import SimulatorSettings, TextSimulator, make_simulator, simulator_config
-from hpc_rl.weights.transports import transport_name
+from hpc_rl.weights.transports import keeps_copies, transport_name
 
 MAX_SCORERS = 4
 TEXT_SLOTS = 4096  # a conversation costs nothing while it waits for the engine
@@ -43,6 +43,7 @@ def engine_settings(
             replica=replica,
             incarnation=incarnation,
             transport=transport_name(recipe, plan),
+            keep=keeps_copies(recipe, plan),
         )
         if recipe.has_policy  # else nobody pushes
         else None,

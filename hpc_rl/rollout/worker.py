@@ -84,15 +84,15 @@ class Worker:
         process.phase("load", LOAD_LIMIT_S)
         process.register(engine=self.rollout.engine)
         began = time.monotonic()
-        tokenizer = model.tokenizer or model.path
-        codec = await asyncio.to_thread(PromptCodec.load, tokenizer, model.revision, model.trust_remote_code)
-        if model.stage is not None:
-            from hpc_rl.models.hf.staging import staged_folder  # it imports torch, which takes seconds
         if process.recipe.eval.checkpoint is not None:
             await asyncio.to_thread(
                 use_checkpoint, process.recipe, process.run_dir, process.index, LOAD_LIMIT_S
             )
             self._settings = replace(self._settings, model=model.path, revision=None, tokenizer=None)
+        tokenizer = model.tokenizer or model.path
+        codec = await asyncio.to_thread(PromptCodec.load, tokenizer, model.revision, model.trust_remote_code)
+        if model.stage is not None:
+            from hpc_rl.models.hf.staging import staged_folder  # it imports torch, which takes seconds
 
             folder = await asyncio.to_thread(staged_folder, model)
             self._settings = replace(self._settings, model=str(folder))
@@ -167,9 +167,11 @@ class Worker:
     # --- weights -----------------------------------------------------------------------------------
     async def _receive_weights(self, version: int) -> None:
         process, limit_s = self.process, self.rollout.weights.timeout_s
-        began = time.monotonic()
-        with process.within("sync", limit_s + SYNC_MARGIN_S):
+        with process.within("sync", 2 * limit_s + SYNC_MARGIN_S):
             try:
+                fetching = time.monotonic()
+                await self.engine.fetch_weights(version, limit_s)
+                began = time.monotonic()
                 await self.engine.pause()
                 paused = time.monotonic() - began
                 report = await self.engine.receive_weights(version, limit_s)
@@ -179,7 +181,11 @@ class Worker:
                 raise
         stalled = time.monotonic() - began
         metrics = {f"weights/{name}_s": seconds for name, seconds in report.seconds.items()}
-        metrics |= {"weights/pause_s": paused, "weights/stall_s": stalled}
+        metrics |= {
+            "weights/pause_s": paused,
+            "weights/stall_s": stalled,
+            "weights/fetch_s": began - fetching,
+        }
         metrics["weights/bytes"] = float(report.nbytes)
         probe = await self._probe_weights()
         if math.isfinite(probe):
@@ -217,6 +223,8 @@ class Worker:
         for task in list(self.groups):
             task.cancel()
         await asyncio.gather(*self.groups, return_exceptions=True)
+        if self.runner is not None:
+            self.runner.media.close()
         async with asyncio.timeout(CLOSE_LIMIT_S):
             await self.models.close()
             await self.pool.close()

@@ -9,6 +9,7 @@ against lost, torn and misplaced data, not against an attacker.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 CHUNK_WORDS = 1 << 22  # 32 MiB of data per pass on a GPU, so that the multipliers need no more than that
@@ -30,15 +31,15 @@ def tensor_checksum(tensor: torch.Tensor) -> int:
 
 def _sum_on_cpu(words: torch.Tensor) -> torch.Tensor:
     """Two reads and no temporary: a product of all words would be written to fresh pages first, which costs
-    ten times as much as the sum."""
-    total = torch.zeros((), dtype=torch.int64)
-    odd = torch.arange(min(len(words), CPU_CHUNK_WORDS), dtype=torch.int64) * 2 + 1
-    for start in range(0, len(words), CPU_CHUNK_WORDS):
-        chunk = words[start : start + CPU_CHUNK_WORDS]
-        total += torch.dot(chunk, odd[: len(chunk)])
-        if start:
-            total += chunk.sum() * (2 * start)
-    return total
+    ten times as much as the sum. NumPy, because it stays in this thread: torch would wake as many threads as
+    an engine beside us generates with."""
+    values = words.numpy()
+    total = 0
+    odd = np.arange(min(len(values), CPU_CHUNK_WORDS), dtype=np.int64) * 2 + 1
+    for start in range(0, len(values), CPU_CHUNK_WORDS):
+        chunk = values[start : start + CPU_CHUNK_WORDS]
+        total += int(np.dot(chunk, odd[: len(chunk)])) + int(chunk.sum()) * 2 * start
+    return torch.tensor((total + 2**63) % 2**64 - 2**63)
 
 
 def _sum_on_gpu(words: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,6 @@ def encode(old: torch.Tensor, new: torch.Tensor, element: int) -> tuple[Patch, l
     where = np.flatnonzero(before != after)
     if len(where) == 0:
         return Patch(SAME, 0), []
-    if len(where) * 2 >= new.numel():  # a byte per step alone is half a tensor then
-        return Patch(WHOLE, new.numel()), [new.numpy()]
     values = after[where]
     steps = values - before[where]
     small = steps.astype(np.int8)

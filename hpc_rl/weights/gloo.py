@@ -82,7 +82,14 @@ class GlooTransport:
 
     @staticmethod
     def sender(
-        bus_file: Path | str, *, attempt: int, workers: int, bucket_bytes: int, timeout_s: float
+        bus_file: Path | str,
+        *,
+        attempt: int,
+        workers: int,
+        bucket_bytes: int,
+        timeout_s: float,
+        keep: bool = False,
+        changes: bool = False,
     ) -> BroadcastSender:
         """The sender of policy rank 0. `workers` is tp * pp of each replica."""
 
@@ -95,6 +102,8 @@ class GlooTransport:
             device=torch.device("cpu"),
             bucket_bytes=bucket_bytes,
             timeout_s=timeout_s,
+            keep=keep,
+            changes=changes,
         )
 
     @staticmethod

@@ -127,8 +127,18 @@ class NcclTransport:
 
     @staticmethod
     def sender(
-        bus_file: Path | str, *, attempt: int, workers: int, bucket_bytes: int, timeout_s: float
+        bus_file: Path | str,
+        *,
+        attempt: int,
+        workers: int,
+        bucket_bytes: int,
+        timeout_s: float,
+        keep: bool = False,
+        changes: bool = False,
     ) -> BroadcastSender:
+        if keep or changes:
+            raise ValueError("the nccl transport keeps no copies: weights leave out of GPU memory")
+
         def open_channel(prefix: str, limit_s: float) -> NcclChannel:
             return open_sender_channel(bus_file, prefix, workers, limit_s)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hpc_rl.plan.memory import auto_transport
 from hpc_rl.plan.schema import Plan
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.recipe.schema import Recipe
@@ -22,13 +23,27 @@ def transport_name(recipe: Recipe, plan: Plan) -> str:
     gpus = min(plan.group("policy").gpus_per_task, plan.group("rollout").gpus_per_task)
     fits_nccl = gpus > 0 and recipe.rollout.engine == "vllm"
     if wanted == "auto":
-        return "nccl" if fits_nccl else "gloo"
+        return auto_transport(recipe.rollout.weights, fits_nccl)
     if wanted == "nccl" and not fits_nccl:
         raise ValueError(
             "rollout.weights.transport: nccl needs GPUs on policy and rollout and the vllm engine; "
             "use gloo or auto"
         )
     return wanted
+
+
+def keeps_copies(recipe: Recipe, plan: Plan) -> bool:
+    """Whether rank 0 and the replicas keep a copy of the weights on the host, so that pushes overlap with the
+    next step and with generation (`rollout.weights.overlap`), or hold what changed (`mode: delta`).
+
+    Raises ValueError where the transport moves weights between GPUs and one of these was asked for.
+    """
+    assert recipe.rollout is not None
+    sync = recipe.rollout.weights
+    on_host = transport_name(recipe, plan) != "nccl"
+    if (sync.overlap or sync.mode == "delta") and not on_host:
+        raise ValueError("rollout.weights.transport: nccl sends whole weights out of GPU memory; use gloo")
+    return on_host and (sync.mode == "delta" or sync.overlap is not False)
 
 
 def load_transport(name: str) -> Any:
@@ -47,5 +62,7 @@ def make_sender(recipe: Recipe, plan: Plan, bus_file: Path | str, attempt: int) 
         workers=parallel.tp * parallel.pp,
         bucket_bytes=sync.bucket_mb << 20,
         timeout_s=sync.timeout_s,
+        keep=keeps_copies(recipe, plan),
+        changes=sync.mode == "delta" and sync.lora != "adapter",
     )
     return sender

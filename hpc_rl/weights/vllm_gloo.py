@@ -7,8 +7,9 @@ process reads it (vLLM's update call returns nothing).
 
 from __future__ import annotations
 
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -22,10 +23,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from hpc_rl.weights.gloo import GlooChannel, GlooTransport
+from hpc_rl.weights.mirror import Mirror
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
 from hpc_rl.weights.nccl import NcclChannel
 from hpc_rl.weights.protocol import Channel, WeightTransferError
 from hpc_rl.weights.receiver import Receiver
+from hpc_rl.weights.store import RedisStore
 
 
 @dataclass
@@ -44,6 +47,14 @@ class PushUpdateInfo(WeightTransferUpdateInfo):
     timeout_s: float
 
 
+@dataclass
+class Fetched:
+    """The weights that arrived last, and the receiver that has still to say that they are loaded."""
+
+    mirror: Mirror = field(default_factory=Mirror)
+    receiver: Receiver | None = None
+
+
 class PushReport(msgspec.Struct):
     """What a worker says of a push it applied."""
 
@@ -53,22 +64,24 @@ class PushReport(msgspec.Struct):
     seconds: float
 
 
-def receive_into(
-    model: torch.nn.Module, channel: Channel, model_path: str, revision: str | None, info: PushUpdateInfo
-) -> PushReport:
+def make_receiver(channel: Channel, model_path: str, revision: str | None) -> Receiver:
+    """One that knows which tensors the engine was loaded from."""
+    folder = local_folder(model_path, revision)
+    return Receiver(channel, checkpoint_names(folder), tied_names(folder))
+
+
+def receive_into(model: torch.nn.Module, receiver: Receiver, info: PushUpdateInfo) -> PushReport:
     """Receive a push and give each verified bucket to vLLM's `load_weights`.
 
     Raises WeightTransferError; the model then holds a mixture and must get a whole push before use.
     """
     began = time.monotonic()
     deadline = began + info.timeout_s
-    folder = local_folder(model_path, revision)
-    receiver = Receiver(channel, checkpoint_names(folder), tied_names(folder))
     try:
         for bucket in receiver.receive(info.version, deadline):
             model.load_weights(iter(bucket))  # type: ignore[operator]
     except BaseException:
-        channel.close()  # the sender sees the closed connection instead of waiting for its deadline
+        receiver.channel.close()  # the sender sees the closed connection instead of waiting for its deadline
         raise
     receiver.finish(True, deadline)
     return PushReport(info.version, receiver.tensors, receiver.nbytes, time.monotonic() - began)
@@ -81,7 +94,7 @@ def receive_and_report(
     if channel is None:
         raise WeightTransferError("update_weights before init_weight_transfer_engine")
     config = engine.model_config
-    report = receive_into(engine.model, channel, config.model, config.revision, info)
+    report = receive_into(engine.model, make_receiver(channel, config.model, config.revision), info)
     key = f"report:{info.version}:{engine.parallel_config.rank}"
     channel.store.set(key, msgspec.msgpack.encode(report))
 
@@ -112,7 +125,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, PushUpdateInfo
     supports_draft_weight_update = False
 
     _channel: GlooChannel | None = None
-    _init: GlooInitInfo | None = None
+    _fetched: Fetched | None = None
 
     @property
     def channel(self) -> GlooChannel | None:
@@ -129,13 +142,64 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, PushUpdateInfo
             init_info.workers,
             init_info.timeout_s,
         )
-        self._init = init_info
+
+    def begin_fetch(self, version: int, timeout_s: float, init_info: dict[str, Any]) -> None:
+        """Receive the push of `version` into host memory, in a thread: the worker goes on generating.
+
+        How it went is written under `fetched:<version>:<rank>` of the group's store. The first push joins
+        the transfer group.
+        """
+        if self._fetched is None:
+            self._fetched = Fetched()
+        self._fetched.receiver = None
+        thread = threading.Thread(
+            target=self._fetch,
+            args=(self._fetched, version, timeout_s, GlooInitInfo(**init_info)),
+            name=f"fetch-{version}",
+            daemon=True,
+        )
+        thread.start()
+
+    def _fetch(self, fetched: Fetched, version: int, timeout_s: float, init_info: GlooInitInfo) -> None:
+        deadline = time.monotonic() + timeout_s
+        store = RedisStore.from_bus_file(init_info.bus_file, init_info.prefix, timeout_s)
+        key = f"fetched:{version}:{self.parallel_config.rank}"
+        try:
+            if self._channel is None:
+                self.init_transfer_engine(init_info)
+            channel = self._channel
+            assert channel is not None
+            receiver = make_receiver(channel, self.model_config.model, self.model_config.revision)
+            receiver.fetch(version, deadline, fetched.mirror)
+        except (RuntimeError, OSError, ValueError) as error:  # the engine waits for it under the key
+            self.shutdown()
+            store.set(key, f"{type(error).__name__}: {error}".encode())
+            return
+        fetched.receiver = receiver
+        store.set(key, b"")
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
-        receive_and_report(self, self._channel, update_info)
+        """Load what was fetched, or receive."""
+        fetched, channel = self._fetched, self._channel
+        if fetched is None or fetched.mirror.version != update_info.version or fetched.receiver is None:
+            receive_and_report(self, channel, update_info)
+            return
+        assert channel is not None
+        began = time.monotonic()
+        try:
+            for bucket in fetched.mirror.buckets():
+                self.model.load_weights(iter(bucket))  # type: ignore[operator]
+        except BaseException:
+            channel.close()
+            raise
+        receiver, fetched.receiver = fetched.receiver, None
+        receiver.finish(True, began + update_info.timeout_s)
+        report = PushReport(update_info.version, receiver.tensors, receiver.nbytes, time.monotonic() - began)
+        key = f"report:{update_info.version}:{self.parallel_config.rank}"
+        channel.store.set(key, msgspec.msgpack.encode(report))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from hpc_rl.plan import Plan
-from hpc_rl.plan.memory import trained_parameters
+from hpc_rl.plan.memory import auto_transport, copies_note, trained_parameters
+from hpc_rl.plan.schema import Group
+from hpc_rl.recipe import load_recipe
 from hpc_rl.recipe.schema import Lora, Model
 
 Make = Callable[..., Plan]
@@ -153,3 +155,21 @@ def test_the_summary_says_where_the_state_lies(big: Callable[..., Plan]) -> None
     assert "80.0 GiB of 80 GiB (weights 20.0, gradients 20.0, optimizer 40.0), before" in plan_summary(big())
     assert "100.0 GiB of the node (" in plan_summary(big("policy.ema={}", "policy.cpu_offload=true"))
     assert "M parameters, 2,684 M trained" in plan_summary(big("model.freeze=['^a']"))
+
+
+def test_check_says_what_copies_of_the_weights_cost_the_hosts() -> None:
+    recipe = load_recipe("gsm8k-grpo", ["rollout.parallel.tp=2"]).recipe
+    cpus = [Group.model_construct(role=role, gpus_per_task=0) for role in ("policy", "rollout")]
+    gpus = [Group.model_construct(role=role, gpus_per_task=1) for role in ("policy", "rollout")]
+    note = copies_note(recipe, 2**30, cpus)
+    assert "policy rank 0 and each of the 2 workers of a replica keep a copy of the weights" in note
+    assert "2.00 GiB" in note
+    assert copies_note(recipe, 2**30, gpus) == ""  # nccl, out of GPU memory
+    assert copies_note(recipe, 2**30, cpus, adapter=True) == ""
+    assert recipe.rollout is not None
+    recipe.rollout.weights.mode = "delta"
+    assert "2.00 GiB" in copies_note(recipe, 2**30, gpus)
+    assert auto_transport(recipe.rollout.weights, on_gpu=True) == "gloo"
+    recipe.rollout.weights.mode, recipe.rollout.weights.overlap = "full", False
+    assert copies_note(recipe, 2**30, cpus) == ""
+    assert auto_transport(recipe.rollout.weights, on_gpu=True) == "nccl"

@@ -98,6 +98,26 @@ Wrong = Callable[..., str]
             ["policy.optimizer.groups=[{match: norm}]"],
             "policy.optimizer.groups.0.match: is 'norm'; give this group an lr or a weight_decay of its own",
         ),
+        (
+            ["model.dtype=float32", "rollout.weights.mode=delta"],
+            "rollout.weights.mode: is 'delta', which is for 16-bit weights; model.dtype is float32: use full",
+        ),
+        (
+            ["model.dtype=bfloat16", "rollout.weights={mode: delta, transport: nccl}"],
+            "rollout.weights.transport: is 'nccl', which sends whole weights out of GPU memory; mode delta",
+        ),
+        (
+            ["rollout.weights={overlap: true, transport: nccl}"],
+            "rollout.weights.transport: is 'nccl', which sends whole weights out of GPU memory; overlap",
+        ),
+        (
+            ["model.dtype=bfloat16", "rollout.weights={mode: delta, overlap: false}"],
+            "rollout.weights.overlap: is false; with mode delta both sides keep copies and pushes overlap",
+        ),
+        (
+            [*("model.dtype=bfloat16", "model.lora={}"), "rollout.weights={mode: delta, lora: adapter}"],
+            "rollout.weights.mode: is 'delta'; an adapter alone travels whole: use full",
+        ),
         (["eval.samples=4"], "eval.samples: is 4; at temperature 0 all answers are alike: set eval.temp"),
         (["eval.top_p=0.9"], "eval.top_p: is 0.9; it does nothing at temperature 0"),
         (

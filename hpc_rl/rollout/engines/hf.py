@@ -4,7 +4,7 @@ Each group is generated alone, first come first served, with a random generator 
 out depends on the seed and the weights and not on other traffic, so a synchronous run is bit-equal over
 a resume. A pause holds the token loop at its next step; when the weights changed meanwhile, the key-value
 cache is recomputed over the whole prefix, as vLLM does. A push is collected and verified whole before the
-first tensor is replaced (this costs one copy of the model), so a failed one leaves the old weights.
+first tensor is replaced (a copy of the model that stays), so a failed one leaves the old weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hpc_rl.rollout.engines.config import HfOptions
 from hpc_rl.rollout.engines.hf_media import MediaPrefix, Prefix
 from hpc_rl.types import EngineLoad, Sampling, VersionSpan
 from hpc_rl.weights.adapter import Factors, read_adapter
+from hpc_rl.weights.mirror import Mirror
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
 from hpc_rl.weights.protocol import Channel, WeightTransferError
 from hpc_rl.weights.receiver import Receiver
@@ -79,6 +80,9 @@ class HfEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf-engine")
         self._boundary = _Boundary()
         self._channel: Channel | None = None
+        self._receiver: Receiver | None = None  # of a push that is here and not applied yet
+        self._mirror = Mirror()
+        self._seconds: dict[str, float] = {}
         self._aborted: set[str] = set()
         self._waiting: dict[str, int] = {}  # request -> answers; the first is being generated
         self._broken = ""
@@ -261,38 +265,54 @@ class HfEngine:
             raise EngineError(f"cannot resume with mixed weights: {self._broken}")
         self._boundary.open()
 
+    async def fetch_weights(self, version: int, timeout_s: float) -> None:
+        if self.settings.transfer is not None and self.settings.transfer.keep:
+            await asyncio.to_thread(self._fetch, version, timeout_s)
+
     async def receive_weights(self, version: int, timeout_s: float) -> WeightReport:
         return await asyncio.to_thread(self._receive, version, timeout_s)
 
-    def _receive(self, version: int, timeout_s: float) -> WeightReport:
+    def _fetch(self, version: int, timeout_s: float) -> None:
         began = time.monotonic()
-        deadline = began + timeout_s
-        seconds: dict[str, float] = {}
+        self._seconds = {}
         if self._channel is None:
             self._channel = self._join(version, timeout_s)
-            seconds["join"] = time.monotonic() - began
-        receiver = self._receiver(self._channel)
-        tensors: dict[str, torch.Tensor] = {}
+            self._seconds["join"] = time.monotonic() - began
+        self._receiver = self._make_receiver(self._channel)
         try:
-            for bucket in receiver.receive(version, deadline):
-                tensors.update(bucket)
-            seconds["receive"] = time.monotonic() - began
-            began = time.monotonic()
+            self._receiver.fetch(version, began + timeout_s, self._mirror)
+        except BaseException:
+            self._leave()
+            raise
+        self._seconds["receive"] = time.monotonic() - began
+
+    def _receive(self, version: int, timeout_s: float) -> WeightReport:
+        if self._receiver is None or self._mirror.version != version:
+            self._fetch(version, timeout_s)
+        receiver, self._receiver = self._receiver, None
+        assert receiver is not None
+        began = time.monotonic()
+        tensors = {name: tensor for bucket in self._mirror.buckets() for name, tensor in bucket}
+        try:
             if self.settings.adapter is not None:
                 self._apply_adapter(read_adapter(tensors, self._base), version)
             else:
                 self._apply(tensors, version)
-            receiver.finish(True, deadline)
+            receiver.finish(True, began + timeout_s)
         except BaseException:
-            self._channel.close()
-            self._channel = None
+            self._leave()
             raise
-        seconds["finish"] = time.monotonic() - began
+        self._seconds["finish"] = time.monotonic() - began
         self.version = version
         self._broken = ""
-        return WeightReport(version, receiver.tensors, receiver.nbytes, seconds)
+        return WeightReport(version, receiver.tensors, receiver.nbytes, self._seconds)
 
-    def _receiver(self, channel: Channel) -> Receiver:
+    def _leave(self) -> None:
+        assert self._channel is not None
+        self._channel.close()
+        self._channel = self._receiver = None
+
+    def _make_receiver(self, channel: Channel) -> Receiver:
         if self.settings.adapter is not None:  # it says itself what it must hold
             return Receiver(channel)
         folder = local_folder(self.settings.model, self.settings.revision)

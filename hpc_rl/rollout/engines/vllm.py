@@ -40,6 +40,7 @@ from hpc_rl.weights.protocol import WeightTransferError
 from hpc_rl.weights.sender import group_prefix
 from hpc_rl.weights.store import RedisStore
 from hpc_rl.weights.transports import load_transport
+from hpc_rl.weights.vllm_fetch import EXTENSION as FETCH_EXTENSION
 
 if TYPE_CHECKING:
     from vllm import CompletionOutput, SamplingParams
@@ -101,6 +102,8 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     if settings.transfer is not None:
         backend = load_transport(settings.transfer.transport).vllm_backend
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=backend)
+        if settings.transfer.keep:
+            arguments["worker_extension_cls"] = FETCH_EXTENSION
     if settings.adapter is not None:
         arguments |= adapter_arguments(settings, settings.adapter)
     return {**arguments, **options.extra}
@@ -166,6 +169,8 @@ class VllmEngine:
         self._llm: Any = None
         self._joined = False
         self._prefix = ""
+        self._init: dict[str, Any] = {}
+        self._fetched = (-1, 0.0)  # version that the workers have a copy of, and how long it took
         self._broken = ""
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self._placeholders: frozenset[int] = frozenset()
@@ -260,8 +265,52 @@ class VllmEngine:
     async def pause(self) -> None:
         await self._llm.pause_generation(mode="keep", clear_cache=True)
 
+    @property
+    def _fetches(self) -> bool:
+        transfer = self.settings.transfer
+        return transfer is not None and transfer.keep and self.settings.adapter is None
+
+    async def fetch_weights(self, version: int, timeout_s: float) -> None:
+        if not self._fetches:
+            return
+        try:
+            async with asyncio.timeout(timeout_s + GRACE_S):
+                await self._fetch(version, timeout_s)
+        except TimeoutError as error:
+            raise WeightTransferError(f"version {version} was not received in {timeout_s:.0f} s") from error
+        except WeightTransferError:
+            raise
+        except Exception as error:  # see `receive_weights`
+            raise WeightTransferError(_last_line(str(error))) from error
+
+    async def _fetch(self, version: int, timeout_s: float) -> None:
+        began = time.monotonic()
+        if not self._joined:
+            self._init = await asyncio.to_thread(self._init_info, version, timeout_s)
+        self._joined = False  # a worker that fails leaves the group
+        arguments = {"version": version, "timeout_s": timeout_s, "init_info": self._init}
+        await self._llm.collective_rpc("fetch_weights", kwargs=arguments)
+        await asyncio.to_thread(self._await_fetched, version, timeout_s)
+        self._joined = True
+        self._fetched = (version, time.monotonic() - began)
+
+    def _await_fetched(self, version: int, timeout_s: float) -> None:
+        """What the workers say of their copies. Raises WeightTransferError."""
+        store = RedisStore.from_bus_file(self._init["bus_file"], self._prefix, timeout_s + GRACE_S / 2)
+        for rank in range(self.settings.tp * self.settings.pp):
+            try:
+                failure = store.get(f"fetched:{version}:{rank}").decode()
+            except RuntimeError as error:
+                raise WeightTransferError(
+                    f"worker {rank} said nothing of version {version}: {error}"
+                ) from error
+            if failure:
+                raise WeightTransferError(failure)
+
     async def receive_weights(self, version: int, timeout_s: float) -> WeightReport:
         seconds: dict[str, float] = {}
+        if self._fetches and self._fetched[0] != version:
+            await self.fetch_weights(version, timeout_s)
         self._broken = f"the update to version {version} did not finish"
         try:
             async with asyncio.timeout(timeout_s + GRACE_S):
@@ -280,7 +329,9 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         deadline = time.monotonic() + timeout_s
-        if not self._joined:
+        if self._fetches:
+            seconds["fetch"] = self._fetched[1]
+        elif not self._joined:
             began = time.monotonic()
             info = await asyncio.to_thread(self._init_info, version, timeout_s)
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
