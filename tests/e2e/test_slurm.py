@@ -13,6 +13,7 @@ import pytest
 
 from tests.e2e import tiny
 from tests.e2e.harness import Run
+from tests.e2e.test_scoring import make_reward_model
 
 pytestmark = [pytest.mark.slurm, pytest.mark.torch, pytest.mark.slow]
 
@@ -43,11 +44,17 @@ def registered(run: Run, role: str, index: int) -> int | None:
     return found
 
 
-def test_a_het_job_runs_to_completed_and_is_seen_in_both_partitions(
+def test_a_het_job_of_three_components_runs_to_completed_and_is_seen_in_its_partitions(
     accounting_devcluster, workspace: Path
 ) -> None:  # type: ignore[no-untyped-def]
+    """The third is a reward model on the CPU node, which the replicas of the second ask."""
     cluster = accounting_devcluster
-    run = submit(cluster, het(workspace))
+    model = {"name": "model", "path": str(make_reward_model(workspace / "reward")), "dtype": "float32"}
+    reward = {"partition": cluster.spec.partition_of("controller")}
+    run = submit(
+        cluster,
+        het(workspace, reward=[{"name": "digits"}, {**model, "weight": 0.1}], cluster={"reward": reward}),
+    )
     job = run.status()["job_id"]
     run.wait_for_step(1)
     shown = cluster.run("squeue", "-h", "-o", "%i %j %P %T").stdout
@@ -55,9 +62,10 @@ def test_a_het_job_runs_to_completed_and_is_seen_in_both_partitions(
     assert sorted((line[0], line[1], line[3]) for line in mine) == [
         (f"{job}+0", "tiny-grpo:policy", "RUNNING"),
         (f"{job}+1", "tiny-grpo:rollout", "RUNNING"),
+        (f"{job}+2", "tiny-grpo:reward", "RUNNING"),
     ]
     partitions = {line[0]: line[2] for line in mine}
-    assert len(set(partitions.values())) == 2
+    assert len(set(partitions.values())) == 3
     status = run.complete()
     assert status["step"] == 6
     trained = sorted(o for entry in run.ledger() for o in entry["trained"])
@@ -65,7 +73,9 @@ def test_a_het_job_runs_to_completed_and_is_seen_in_both_partitions(
     assert accounted(cluster, job) == [
         [f"{job}+0", "tiny-grpo:policy", partitions[f"{job}+0"], "COMPLETED"],
         [f"{job}+1", "tiny-grpo:rollout", partitions[f"{job}+1"], "COMPLETED"],
+        [f"{job}+2", "tiny-grpo:reward", partitions[f"{job}+2"], "COMPLETED"],
     ]
+    assert all("reward/model" in row and row["rollout/unscored"] == 0.0 for row in run.metrics())
 
 
 def accounted(cluster, job: str) -> list[list[str]]:  # type: ignore[no-untyped-def]
