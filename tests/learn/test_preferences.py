@@ -16,7 +16,7 @@ from tests.e2e.gsm8k import ROOT
 from tests.e2e.harness import Run
 
 FOLDER = ROOT / "recipes" / "quickstart"
-pytestmark = [pytest.mark.learn, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.learn, pytest.mark.timeout(3600)]
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def test_preferences_make_sorting_the_habit_and_a_student_takes_it_over(tmp_path
     def submit(stage: str, model: Path, train: str, *more: str) -> Run:
         paths = [f"model.path={model}", f"data.train.path={task / train}", f"output_root={tmp_path / 'runs'}"]
         run = Run.submit(FOLDER / f"{stage}.yaml", *paths, "cluster.placement=local", *more)
-        run.complete(600)
+        run.complete(1200)
         return run
 
     sft = submit("sft", task / "model", "train_sft.jsonl")
