@@ -16,6 +16,7 @@ from hpc_rl.cli._episode_check import check_template
 from hpc_rl.cluster.findings import Finding, place
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.plugins import plugin_source
 from hpc_rl.recipe.schema import DatasetSpec, Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ def _rows(loaded: LoadedRecipe, site: Site, spec: DatasetSpec, which: str, light
     where, sft = place(loaded, "data", which), loaded.recipe.supervised
     try:
         path = find_path(spec.path, None)
-        if light and (path is None or (path / "dataset_info.json").exists()):
+        if (
+            light
+            and plugin_source(spec.path) is None
+            and (path is None or (path / "dataset_info.json").exists())
+        ):
             return _cached(loaded, site, spec, where) if path is None else [Finding("ok", where, str(path))]
         with _as_in_the_job(site):
             rows = load_rows(spec)

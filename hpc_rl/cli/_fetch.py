@@ -15,6 +15,7 @@ from typing import Any, Literal
 from hpc_rl.catalog.local_models import find_snapshot, hub_cache, is_local
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.load import LoadedRecipe
+from hpc_rl.recipe.plugins import plugin_source
 from hpc_rl.recipe.schema import DatasetSpec
 from hpc_rl.recipe.yaml_source import KeyPath, dotted
 
@@ -130,8 +131,12 @@ def repositories(loaded: LoadedRecipe) -> list[Repository]:
         if (name, revision) not in [(r.name, r.revision) for r in found]:
             found.append(Repository("model", name, revision, dotted(path), loaded.where(*path)))
     for key, spec in (("data.train.path", data.train), ("data.eval.path", data.eval)):
-        if spec is not None and (spec.path, spec.revision) not in [(r.name, r.revision) for r in found]:
-            found.append(Repository("dataset", spec.path, spec.revision, key, loaded.where(*key.split("."))))
+        if spec is None:
+            continue
+        source = plugin_source(spec.path)
+        name = spec.path if source is None else source[1]  # a plugin may name a data set of the Hub
+        if name and (name, spec.revision) not in [(r.name, r.revision) for r in found]:
+            found.append(Repository("dataset", name, spec.revision, key, loaded.where(*key.split("."))))
     return found
 
 

@@ -18,9 +18,13 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from hpc_rl.data.errors import DataError
+from hpc_rl.recipe.extensions import UnknownExtension, registry
+from hpc_rl.recipe.launch.script import ScriptSource
+from hpc_rl.recipe.plugins import plugin_source
 from hpc_rl.recipe.schema import DatasetSpec
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_HASHED_ROWS = 256  # of a plugin's, whose rows may cost something
 _HOLDOUT_KEY = 2**63  # no epoch has this number
 _HASH_WHOLE = 64 << 20  # files above this are hashed by size, head and tail
 
@@ -206,11 +210,16 @@ def load_rows(spec: DatasetSpec, base: Path | None = None) -> Rows:
     """The rows `spec` names; relative paths are tried under `base` first, then the working folder.
 
     A path that exists is a file (.jsonl, .json, .parquet), a folder with one file (or several shards)
-    per split, or a `datasets.save_to_disk` folder; anything else is a data set of the Hub, read from
-    the local cache only. Raises DataError when nothing is found or there are no rows.
+    per split, or a `datasets.save_to_disk` folder; `plugin:NAME` is what a plugin registered as `data`;
+    anything else is a data set of the Hub, read from the local cache only. Raises DataError when nothing is
+    found or there are no rows.
     """
-    path = find_path(spec.path, base)
-    store, identity = _open_path(path, spec) if path is not None else _open_hub(spec)
+    store: _Store
+    if plugin_source(spec.path) is not None:
+        store, identity = _open_plugin(spec)
+    else:
+        path = find_path(spec.path, base)
+        store, identity = _open_path(path, spec) if path is not None else _open_hub(spec)
     length = len(store) if spec.limit is None else min(spec.limit, len(store))
     if length == 0:
         raise DataError(f"{store.name}: no rows")
@@ -227,7 +236,10 @@ def _near(missing: Path, base: Path | None) -> str:
 
 
 def find_path(path: str, base: Path | None) -> Path | None:
-    """`path` on this machine (under `base`, or as it is), or None if it can only be a Hub name."""
+    """`path` on this machine (under `base`, or as it is), or None if it is a plugin's or can only be a Hub
+    name."""
+    if plugin_source(path) is not None:
+        return None
     given = Path(path).expanduser()
     for candidate in ([base / given] if base is not None else []) + [given]:
         if candidate.exists():
@@ -238,6 +250,49 @@ def find_path(path: str, base: Path | None) -> Path | None:
         looked = f" (looked in {' and '.join(places)})" if places else ""
         raise DataError(f"data path {path} does not exist{looked}{_near(given, base)}")
     return None
+
+
+class _Plugin:
+    """Rows that a plugin makes: anything with a length and items that are mappings of columns."""
+
+    def __init__(self, name: str, rows: Any) -> None:
+        self.name, self._rows = name, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            row = self._rows[index]
+        except ValueError as error:  # what the plugin says of the row
+            raise DataError(f"{self.name}: row {index}: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{self.name}: row {index} must be a mapping, this is {type(row).__name__}")
+        return row
+
+
+def _open_plugin(spec: DatasetSpec) -> tuple[_Store, str]:
+    """What `plugin:NAME` stands for: a function of the dataset section, registered as `data`."""
+    source = plugin_source(spec.path)
+    assert source is not None
+    try:
+        make = registry("data").load(source[0])
+    except (UnknownExtension, ImportError) as error:
+        raise DataError(f"{spec.path}: {error}") from error
+    try:
+        if isinstance(make, ScriptSource):
+            from hpc_rl.data.script_rows import ScriptRows
+
+            rows: Any = ScriptRows(make, spec)
+        else:
+            rows = make(spec)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{spec.path} cannot be opened: {type(error).__name__}: {error}") from error
+    store = _Plugin(spec.path, rows)
+    digest = hashlib.sha256()
+    for index in range(min(len(store), _HASHED_ROWS)):
+        digest.update(json.dumps(store[index], sort_keys=True, default=str).encode())
+    return store, digest.hexdigest()
 
 
 def _open_path(path: Path, spec: DatasetSpec) -> tuple[_Store, str]:

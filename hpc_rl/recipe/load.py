@@ -16,9 +16,17 @@ from typing import Any
 
 from hpc_rl.recipe.checks import blamed, cross_checks
 from hpc_rl.recipe.extensions import REWARD_KEYS, UnknownExtension, options_of, registry
+from hpc_rl.recipe.launch.script import bind
 from hpc_rl.recipe.layers import apply_overrides, find_recipe, read_layers
 from hpc_rl.recipe.messages import validate
-from hpc_rl.recipe.plugins import PluginError, copy_plugins, import_plugin, is_file_plugin, locate
+from hpc_rl.recipe.plugins import (
+    PluginError,
+    copy_plugins,
+    import_plugin,
+    is_file_plugin,
+    locate,
+    plugin_source,
+)
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.recipe.unknown import Unknown, not_explained, without_unknown
 from hpc_rl.recipe.yaml_source import KeyPath, Problem, RecipeError, Source, dotted
@@ -88,6 +96,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         raise RecipeError(list(dict.fromkeys(problems)))
     _localise(recipe, source)
     recipe.plugins = [plugin.name if isinstance(plugin, Path) else plugin for plugin in plugins]
+    bind(recipe)
     return LoadedRecipe(recipe, source, file, plugins, list(overrides))
 
 
@@ -228,7 +237,11 @@ def _localise(recipe: Recipe, source: Source) -> None:
         recipe.policy.reference.path = absolute(recipe.policy.reference.path, named)
     for which, spec in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if spec is not None:
-            spec.path = absolute(spec.path, ("data", which, "path"))
+            plugin = plugin_source(spec.path)
+            if plugin is None:
+                spec.path = absolute(spec.path, ("data", which, "path"))
+            elif plugin[1]:
+                spec.path = f"plugin:{plugin[0]}:{absolute(plugin[1], ('data', which, 'path'))}"
             if spec.media_path:  # LLaVA writes none as an empty text
                 spec.media_path = absolute(spec.media_path, ("data", which, "media_path"), always=True)
     if recipe.teacher is not None:

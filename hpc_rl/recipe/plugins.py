@@ -13,11 +13,23 @@ import shutil
 import sys
 from pathlib import Path
 
+from hpc_rl.recipe.launch.script import is_launch_script, run_script
+
 _imported: dict[str, Path] = {}  # module name -> the file we imported it from
 
 
 class PluginError(ValueError):
     """A plugin is missing, badly named or cannot be imported."""
+
+
+def plugin_source(path: str) -> tuple[str, str] | None:
+    """`(NAME, REST)` of a data path `plugin:NAME` or `plugin:NAME:REST`: rows that a plugin registered as
+    `data`. None for other paths."""
+    kind, mark, rest = path.partition(":")
+    if kind != "plugin" or not mark:
+        return None
+    name, _, rest = rest.partition(":")
+    return name, rest
 
 
 def is_file_plugin(name: str) -> bool:
@@ -68,7 +80,10 @@ def _import_file(path: Path) -> None:
     sys.modules[name] = module
     _imported[name] = path
     try:
-        spec.loader.exec_module(module)
+        if is_launch_script(path):
+            run_script(module, spec.loader, path)
+        else:
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name], _imported[name]
         raise

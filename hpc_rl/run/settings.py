@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from hpc_rl.recipe.dump import read_resolved
+from hpc_rl.recipe.launch.script import bind
 from hpc_rl.recipe.plugins import import_plugins
 from hpc_rl.recipe.schema import Recipe
 from hpc_rl.run.paths import RunDir, RunError
@@ -21,6 +22,7 @@ def load_run(run: RunDir, *, plugins: bool = False) -> Recipe:
     recipe = read_resolved(run.resolved)
     if plugins:
         import_plugins(recipe.plugins, run.code)
+        bind(recipe)
         if str(run.code) not in sys.path:
             sys.path.insert(0, str(run.code))
     return recipe

@@ -62,7 +62,7 @@ _GRPO = {
     "mini_batch": _map("count", 2, "policy.micro_batch_tokens"),
     "batch_size_per_optimize": _map("count", None, "policy.updates.mini_batches"),
     "max_token_len_per_mini_batch": _map("count", None, "policy.micro_batch_tokens"),
-    "entropy_coeff": _drop("number", 0.0, "no loss here has an entropy bonus", 0),
+    "entropy_coeff": _map("number", 0.0, "algorithm.entropy_beta"),
     "allowed_outdated_steps": _map("count", 4, "algorithm.max_staleness"),
     "on_policy": _map("flag", False, "algorithm.max_staleness"),
     "no_outdated_rollout": _drop("flag", False, _ORDER),

@@ -30,7 +30,11 @@ def translate_rl(draft: Draft) -> None:
     _off_policy(draft, name)
     _staleness(draft)
     _filter(draft, name)
-    for key, to in (("positive_nll_coef", "positive_nll"), ("off_policy_masking_delta", "off_policy_mask")):
+    for key, to in (
+        ("positive_nll_coef", "positive_nll"),
+        ("off_policy_masking_delta", "off_policy_mask"),
+        ("entropy_coeff", "entropy_beta"),
+    ):
         if value := draft.get(f"{_PLACE}.{key}"):
             draft.put(f"algorithm.{to}", value, f"{_PLACE}.{key}")
         else:
