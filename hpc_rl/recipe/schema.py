@@ -95,8 +95,9 @@ class DatasetSpec(Section):
     `template` is a `str.format` string over the row's columns and makes the prompt text;
     without it the `prompt` column is used. `chat` applies the tokenizer's chat template
     (null: if it has one). `train_on` says which messages of a chat are learned: all of the assistant's,
-    or the last one. `overlong` is what happens to rows above `policy.max_length`. Media files are found
-    under `media_path`; without it the rows hold whole paths. `fps` and `max_frames` sample videos.
+    or the last one. Format preference has its answers in `chosen` and `rejected`. `overlong` is what happens
+    to rows above `policy.max_length`. Media files are found under `media_path`; without it the rows hold
+    whole paths. `fps` and `max_frames` sample videos.
     """
 
     path: str
@@ -284,7 +285,8 @@ class Teacher(Section):
 class Rollout(Section):
     """`max_in_flight` is prompt groups per replica (auto: as many as its engine takes without a queue), `order`
     which finished prompt groups a step takes: those that would first be older than
-    `algorithm.max_staleness` (deadline), or those that come next in the data (strict)."""
+    `algorithm.max_staleness` (deadline), or those that come next in the data (strict). `oversample` is the
+    share of a step's prompt groups that is started beyond what it needs; the slowest are cancelled."""
 
     engine: str = "vllm"
     replicas: Positive = 1
@@ -293,6 +295,7 @@ class Rollout(Section):
     max_model_len: Positive | None = None
     max_in_flight: Positive | Literal["auto"] = "auto"
     order: Literal["deadline", "strict"] = "deadline"
+    oversample: float = Field(default=0.0, ge=0, le=1)
     stop: list[str] = []
     weights: WeightSync = WeightSync()
     engine_options: dict[str, Any] = {}
