@@ -19,6 +19,8 @@ MAY_CHANGE: dict[str, str] = {
     "policy.guard.*": "when to stop a run that goes wrong",
     "policy.profile.*": "which steps to profile",
     "data.workers": "threads that read ahead",
+    "teacher.batch_tokens": "memory of the teacher's processes",
+    "teacher.limit_s": "how long a batch of the teacher may take",
     "rollout.replicas": "more or fewer rollout engines",
     "rollout.parallel.*": "GPUs per rollout engine",
     "rollout.max_in_flight": "prompt groups per replica",

@@ -38,10 +38,12 @@ def gpus_here() -> int:
 
 
 def scoring_roles(recipe: Recipe) -> list[ScoringRole]:
-    """The groups that serve models to the rollouts: `reward` where a reward is a model, `teacher`."""
+    """The groups that serve models to the rollouts: `reward` where a reward is a model, and `teacher`, which
+    nobody asks where nothing is trained."""
     if recipe.kind != "rl":
         return []
-    wanted = {"reward": any(is_served(item) for item in recipe.reward), "teacher": recipe.teacher is not None}
+    teacher = recipe.teacher is not None and not recipe.eval.only
+    wanted = {"reward": any(is_served(item) for item in recipe.reward), "teacher": teacher}
     return [role for role in SCORING_ROLES if wanted[role]]
 
 

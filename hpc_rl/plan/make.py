@@ -15,6 +15,7 @@ from hpc_rl.plan.advice import advice
 from hpc_rl.plan.groups import Placement, Sizer
 from hpc_rl.plan.memory import auto_transport, copies_note, estimate, memory_warnings
 from hpc_rl.plan.schema import Mesh, Plan
+from hpc_rl.plan.served import served_warnings
 from hpc_rl.plan.site import Site
 from hpc_rl.recipe.checks import parse_time
 from hpc_rl.recipe.load import LoadedRecipe
@@ -54,6 +55,7 @@ def make_plan(loaded: LoadedRecipe, site: Site, *, here: bool = False) -> Plan:
             gpu_gb = site.gpus.memory_gb if any(group.gpus_per_task for group in groups) else None
             memory = estimate(recipe, facts.parameters, mesh, gpu_gb, facts.shapes)
             warnings += memory_warnings(recipe, memory)
+    warnings += served_warnings(recipe, site, groups)
     lora, note = _lora_sync(loaded, facts, problems)
     if problems:
         raise RecipeError(problems)

@@ -123,6 +123,11 @@ def _names(target: str, module: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
+def element_bytes(dtype: str) -> int:
+    """Of a weight in `dtype`."""
+    return _BYTES[dtype]
+
+
 def memory_warnings(recipe: Recipe, memory: MemoryEstimate) -> list[str]:
     """What does not fit on the site's GPUs, in words."""
     if memory.gpu_gb is None:

@@ -35,9 +35,10 @@ class ModelScores:
     def __init__(self, recipe: Recipe, bus: Bus, replica: int, incarnation: int) -> None:
         self._weights = {spec.key: spec.weight for spec in served_specs(recipe)}
         limits: dict[str, float] = {}
-        if "reward" in scoring_roles(recipe):
+        roles = scoring_roles(recipe)
+        if "reward" in roles:
             limits["reward"] = sum(spec.limit_s for spec in served_specs(recipe))
-        if recipe.teacher is not None:
+        if "teacher" in roles and recipe.teacher is not None:
             limits["teacher"] = recipe.teacher.limit_s
         self._client = ScoringClient(bus, replica, incarnation, limits)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ import torch
 
 from hpc_rl.bus import messages as m
 from hpc_rl.models.hf.folder import model_folder
+from hpc_rl.roles import RoleProcess
 
 LOG = logging.getLogger("hpc_rl.scoring")
+LOAD_LIMIT_S = 1800.0
 FAILURES = 5
 T = TypeVar("T")
 
@@ -100,6 +103,13 @@ class Halving:
             LOG.warning("%s: a batch of %d failed and is halved: %s", self._name, len(parts), error)
         middle = len(parts) // 2
         return [*self(compute, parts[:middle]), *self(compute, parts[middle:])]
+
+
+def begin(process: RoleProcess) -> None:
+    """To be called before a model is made: a role that was given no GPU sees none, whatever the node has."""
+    process.phase("load", LOAD_LIMIT_S)
+    if process.plan.group(process.role).gpus_per_task == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def device() -> torch.device:

@@ -7,16 +7,16 @@ import sys
 from hpc_rl.recipe.extensions import is_served, registry
 from hpc_rl.rewards.base import reward_specs
 from hpc_rl.roles import RoleProcess, main
-from hpc_rl.scoring.base import ServedReward
+from hpc_rl.scoring.base import ServedReward, begin
 from hpc_rl.scoring.rewards import RewardWork
-from hpc_rl.scoring.server import LOAD_LIMIT_S, Server
+from hpc_rl.scoring.server import Server
 
 
 def body(process: RoleProcess) -> int:
     """Load every model of the group, then answer until told to stop."""
     sections = process.recipe.reward
     specs = [spec for spec, item in zip(reward_specs(sections), sections, strict=True) if is_served(item)]
-    process.phase("load", LOAD_LIMIT_S)
+    begin(process)
     process.register(rewards=", ".join(spec.key for spec in specs))
     members = registry("rewards")
     rewards: dict[str, ServedReward] = {}

@@ -14,7 +14,6 @@ from hpc_rl.bus import messages as m
 from hpc_rl.roles import RoleProcess
 from hpc_rl.scoring.base import Job, Work
 
-LOAD_LIMIT_S = 1800.0
 POLL_S = 1.0
 READ = 1024  # stream entries at once
 SAY_S = 300.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from hpc_rl.roles import RoleProcess, main
-from hpc_rl.scoring.server import LOAD_LIMIT_S, Server
+from hpc_rl.scoring.base import begin
+from hpc_rl.scoring.server import Server
 from hpc_rl.scoring.tokens import TeacherWork
 
 
@@ -13,7 +14,7 @@ def body(process: RoleProcess) -> int:
     """Load the teacher, then answer until told to stop."""
     teacher = process.recipe.teacher
     assert teacher is not None, "the plan has a teacher group only if the recipe has a teacher"
-    process.phase("load", LOAD_LIMIT_S)
+    begin(process)
     process.register(teacher=teacher.path)
     Server(process, TeacherWork(teacher, process.recipe.model), limit_s=teacher.limit_s).serve()
     return 0

@@ -64,6 +64,7 @@ def test_every_rule_names_keys_of_the_schema() -> None:
         "model": {"path": "m"},
         "data": {"train": {"path": "d"}},
         "rollout": {},
+        "teacher": {"path": "t"},
     }
     flat = flatten(Recipe.model_validate(minimal).model_dump(mode="json"))
     for rule in MAY_CHANGE:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hpc_rl.plan import Plan
+from hpc_rl.plan.groups import scoring_roles
 from hpc_rl.recipe import RecipeError, load_recipe
 
 Make = Callable[..., Plan]
@@ -127,3 +130,28 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path / "r.yaml").recipe
     assert recipe.reward[0]["path"] == str(tmp_path / "rm")
     assert recipe.teacher is not None and recipe.teacher.path == str(tmp_path / "large")
+
+
+def test_models_that_do_not_fit_are_a_warning(plan: Make, model_folder: Callable[..., Path]) -> None:
+    """8 GiB in bf16 and the same again in fp32, by the files' headers alone, on GPUs of 20."""
+    folder = model_folder(num_attention_heads=4, hidden_size=64, num_hidden_layers=2, vocab_size=64)
+    header = {"w": {"dtype": "BF16", "shape": [4 * 2**30], "data_offsets": [0, 8 * 2**30]}}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    gpus = {"style": "gres", "per_node": 8, "memory_gb": 20}
+    two = f"reward=[{{name: model, path: {folder}}}, {{name: model, path: {folder}, dtype: float32}}]"
+    (warning,) = [text for text in plan(two, gpus=gpus).warnings if text.startswith("reward:")]
+    assert warning == (
+        "reward: weights need 24.0 GiB per GPU, the site's GPUs have 20; "
+        "raise cluster.reward.gpus_per_replica"
+    )
+    assert not [
+        x for x in plan(two, "cluster.reward.gpus_per_replica=2", gpus=gpus).warnings if "reward" in x
+    ]
+
+
+def test_an_evaluation_alone_asks_no_teacher() -> None:
+    loaded = load_recipe("gsm8k-grpo", [DISTILL, "teacher.path=org/large", MODEL])
+    assert scoring_roles(loaded.recipe) == ["reward", "teacher"]
+    loaded.recipe.eval.only = True
+    assert scoring_roles(loaded.recipe) == ["reward"]
