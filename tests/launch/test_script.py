@@ -113,17 +113,20 @@ def test_conversations_and_references_that_are_no_text(tmp_path: Path) -> None:
 PLAIN = """
 from hpc_rl.recipe.extensions import register
 def rows(spec):
-    return [{spec.prompt: f"row {i}", "answer": "b"} for i in range(3)] + [7]
+    return [{spec.prompt: f"row {i}", "answer": "b"} for i in range(3)]
+def odd(spec):
+    return [{}, 7]
 register("data", "plain", implementation="plain:rows")
+register("data", "odd_rows", implementation="plain:odd")
 """
 
 
 def test_any_plugin_may_make_rows(tmp_path: Path) -> None:
     assert imported(tmp_path, "plain", PLAIN) == ""
-    rows = load_rows(DatasetSpec(path="plugin:plain", limit=3, prompt="text"))
-    assert [row["text"] for row in rows] == ["row 0", "row 1", "row 2"]
-    with pytest.raises(DataError, match="row 3 must be a mapping, this is int"):
-        load_rows(DatasetSpec(path="plugin:plain"))
+    rows = load_rows(DatasetSpec(path="plugin:plain", limit=2, prompt="text"))
+    assert [row["text"] for row in rows] == ["row 0", "row 1"]
+    with pytest.raises(DataError, match="row 1 must be a mapping, this is int"):
+        load_rows(DatasetSpec(path="plugin:odd_rows"))
 
 
 LAUNCH = "from cosmos_rl.launcher.worker_entry import main as launch_worker\n"
