@@ -33,6 +33,13 @@ SFT: dict[str, tuple[dict[str, float], int]] = {
 }
 DPO: dict[str, tuple[dict[str, float], int]] = {"qwen2.5-7b-dpo": ({"model": 7.616}, 4)}
 SUPERVISED = SFT | DPO
+# recipe -> billions of parameters, GPUs of the policy, GPUs of the rollouts
+RL: dict[str, tuple[float, int, int]] = {
+    "phi4-14b-p-fsdp4-r-tp2-grpo": (14.660, 4, 2),
+    "mistral-7b-grpo": (7.248, 4, 2),
+    "gpt-oss-20b-grpo": (20.915, 8, 4),
+    "qwen2.5-7b-dapo-math": (7.616, 8, 8),
+}
 # The profile says nothing of memory, and a separate controller has some: Slurm would hand that on.
 SITE_NEEDS = {"gsm8k-grpo-7b": ["cluster.policy.mem=0", "cluster.rollout.mem=0"]}
 HUB_IDS = {
@@ -93,7 +100,23 @@ def test_the_gpus_and_the_memory_are_what_header_and_readme_say(name: str) -> No
         )
 
 
-@pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "gsm8k-sft"])
+@pytest.mark.parametrize("name", RL)
+def test_the_gpus_of_rl_are_what_header_and_readme_say(name: str) -> None:
+    billions, policy, rollout = RL[name]
+    plan = plan_of(name)
+    groups = {group.role: group for group in plan.groups}
+    assert (groups["policy"].gpus_per_node, groups["rollout"].gpus_per_node) == (policy, rollout)
+    shapes = {"model.weight": [round(billions * 1e9)]}
+    memory = estimate(load_recipe(name).recipe, shapes["model.weight"][0], plan.mesh, 80, shapes)
+    assert memory.total_gb < 0.85 * 80
+    row = next(line for line in (FOLDER / "README.md").read_text().splitlines() if f"`{name}`" in line)
+    assert row.endswith(f"| {policy} | {memory.total_gb:.0f} | {rollout} |")
+    assert f"the policy on {policy} GPUs of 80 GB ({memory.total_gb:.0f} GiB of fp32 state" in " ".join(
+        header(name).split()
+    )
+
+
+@pytest.mark.parametrize("name", [*RL, *(name for name in SUPERVISED if name != "gsm8k-sft")])
 def test_the_commands_of_the_header_work(name: str) -> None:
     """fetch, check and submit are there, with overrides that load."""
     commands = [
