@@ -11,7 +11,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,15 @@ class PacedEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, count: int, request_id: str
     ) -> list[Sample]:
         self._asked += count
-        async with self._slots:
-            self._running += count
-            await asyncio.sleep(lognormal(sampling.seed, self.options.mean_s, self.options.sigma))
-        self._running, self._asked = self._running - count, self._asked - count
+        try:
+            async with self._slots:
+                self._running += count
+                try:
+                    await asyncio.sleep(lognormal(sampling.seed, self.options.mean_s, self.options.sigma))
+                finally:
+                    self._running -= count
+        finally:
+            self._asked -= count
         tokens, spans = [5] * ANSWER_TOKENS, [VersionSpan(self.version, 0, ANSWER_TOKENS)]
         return [Sample(list(tokens), [-1.0] * ANSWER_TOKENS, list(spans), "length") for _ in range(count)]
 
@@ -136,10 +141,22 @@ class PacedSender:
     ) -> PushResult:
         return PushResult(version)
 
-    def drop(self, replica: int) -> None:
+    def start(
+        self,
+        version: int,
+        source: Any,
+        replicas: Sequence[int],
+        incarnations: Sequence[int],
+        done: Callable[[PushResult], None],
+    ) -> None:
+        done(PushResult(version))
+
+    def check(self) -> None:
         return None
 
-    def close(self) -> None:
+    wait = close = check
+
+    def drop(self, replica: int) -> None:
         return None
 
 

@@ -242,6 +242,12 @@ class Generate(_Message):
     tag: str = ""  # of this hand-out, given back
 
 
+class CancelGroups(_Message):
+    """Stop generating for these hand-outs (`Generate.tag`). They are answered with `GroupFailed`."""
+
+    tags: list[str]
+
+
 class ReceiveWeights(_Message):
     """Take part in the push of `version` at the next token boundary, then resume."""
 
@@ -382,6 +388,7 @@ Message = (
     | CheckpointSaved
     | ModelExported
     | Generate
+    | CancelGroups
     | ReceiveWeights
     | ReplicaReady
     | GroupDone

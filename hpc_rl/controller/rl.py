@@ -21,6 +21,7 @@ from hpc_rl.controller.evaluation_turn import EvaluationTurn
 from hpc_rl.controller.generation import Generation
 from hpc_rl.controller.members import AttemptFailed, Replica
 from hpc_rl.controller.monitor import make_recorder
+from hpc_rl.controller.oversample import cancelled_flights, make_window
 from hpc_rl.controller.packer import POLL_S, Packer
 from hpc_rl.controller.prompts import PromptSource
 from hpc_rl.controller.pushes import Pushes
@@ -28,7 +29,7 @@ from hpc_rl.controller.scoring import ScoringGroups
 from hpc_rl.controller.shares import Share
 from hpc_rl.controller.signal_watch import SignalWatch
 from hpc_rl.controller.state import read_state, write_state
-from hpc_rl.controller.window import ORDERS, Chosen
+from hpc_rl.controller.window import Chosen
 from hpc_rl.recipe.extensions import registry
 from hpc_rl.roles import RoleProcess
 from hpc_rl.run.ledger import PromptLedger
@@ -69,14 +70,7 @@ class RlController(Controller):
         recipe, base = self.recipe, self.run_dir.root
         self.stepped, self.policy_idle = time.monotonic(), Share()  # what came before was loading
         self.source = PromptSource(recipe.data.train, base=base, seed=recipe.seed)
-        per_step = recipe.policy.batch_size // self.algorithm.group_size
-        self.window = ORDERS[self.rollout.order](
-            per_step,
-            self.algorithm.max_staleness,
-            recipe.policy.epochs * len(self.source) if recipe.policy.epochs else None,
-            total_steps=recipe.policy.steps or 0,
-            max_refill=self.algorithm.max_refill if self.algorithm.drop_zero_variance else 0.0,
-        )
+        self.window = make_window(recipe, self.algorithm, len(self.source))
         self.total_steps = self.window.total_steps
         mesh = self.plan.mesh
         self.packing = BatchOptions.of(
@@ -206,15 +200,22 @@ class RlController(Controller):
         needed = self.step < self.total_steps or self.turn.version == self.step
         if self.turn.allows_push(self.step) and needed and (behind := self.pushes.behind(self.step)):
             self.pushes.begin(self.step, behind)
-            self.role.bus.send_all(self.outbox)
-            self.outbox = []
+            self._flush()
             self._members_changed()
 
     def _prepare(self) -> None:
         """Pack the next step as soon as its prompts are there, while the policy is still busy."""
         if self.packer.empty and self.window.ready():
-            self.packer.begin(self.window.reserve())
+            chosen = self.window.reserve()
+            self.packer.begin(chosen)
+            for replica, tags in cancelled_flights(chosen).items():
+                self.outbox.append((m.inbox("rollout", replica), m.CancelGroups(tags)))
+            self._flush()
         self.poll_s = POLL_S if self.packer.busy else TICK_S / 5
+
+    def _flush(self) -> None:
+        self.role.bus.send_all(self.outbox)
+        self.outbox = []
 
     def _train_if_ready(self) -> None:
         if self.step != self.commanded or self.ending or self._must_push_first():
@@ -233,6 +234,7 @@ class RlController(Controller):
         metrics = {**ready.metrics, **self.generation.metrics()}
         metrics["rollout/dropped"] = float(len(chosen.drops))
         metrics["rollout/refilled"] = float(chosen.refilled)
+        metrics["rollout/cancelled"] = float(chosen.again)
         self.batch[ready.step] = (chosen, metrics)
         self.commanded, self.last_progress = ready.step, time.monotonic()
         if self.window.over:  # with epochs, dropped prompts that were replaced make fewer steps

@@ -42,6 +42,7 @@ def write_state(
         "fingerprint": source.fingerprint,
         "next_ordinal": window.next_ordinal,
         "in_flight": window.again(),
+        "kept": sorted(window.kept),
         "evaluated": sorted(evaluator.done_steps - {evaluator.current.step if evaluator.current else -1}),
         "held_rows": recorder.held_rows,
     }
@@ -80,6 +81,7 @@ def read_state(
         answers = msgspec.msgpack.decode(data, type=list[Answer])
         next_ordinal, again = state["next_ordinal"], state["in_flight"]
     window.restore(step, answers, next_ordinal, again)
+    window.kept = set(state.get("kept", []))
     evaluator.done_steps = set(state["evaluated"])
     recorder.restore({int(s): row for s, row in state["held_rows"].items()})
     LOG.info("restored step %d: %d answers kept, %d prompts handed out again", step, len(answers), len(again))

@@ -89,6 +89,8 @@ class Chosen:
     dropped_groups: list[PromptGroup]
     refilled: int = 0  # dropped groups that another prompt was started for
     answers: list[Answer] = field(default_factory=list)  # all of the above, as they came
+    cancelled: list[Flight] = field(default_factory=list)  # what need not be finished (`oversample.py`)
+    again: int = 0  # prompts handed out again for that
 
 
 @dataclass
@@ -112,6 +114,7 @@ class PromptWindow:
     vacated: dict[int, Answer] = field(default_factory=dict)  # dropped and replaced: no place
     ahead: Chosen | None = None  # reserved and not trained yet: belongs to the checkpoint of the step before
     refilled: int = 0  # since the last step
+    kept: set[int] = field(default_factory=set)  # were cancelled once (`oversample.py`), not trained yet
     _returned: list[int] = field(default_factory=list)
     _outstanding: Counter[int] = field(default_factory=Counter)  # deadline -> in flight or done
     _finished: Counter[int] = field(default_factory=Counter)  # deadline -> done

@@ -326,6 +326,9 @@ def _rollout(recipe: Recipe) -> Found:
             f"is {rollout.max_model_len}; must hold prompt and answer, so be larger than "
             f"rollout.max_tokens {rollout.max_tokens}",
         )
+    if rollout.oversample > 0 and rollout.order == "strict":
+        text = "is not for rollout.order strict, which waits for every prompt in turn: use deadline, or 0"
+        yield ("rollout", "oversample"), f"is {rollout.oversample:g}; it {text}"
     if rollout.weights.lora == "adapter" and recipe.model.lora is None:
         yield ("rollout", "weights", "lora"), "is 'adapter'; there is none without model.lora"
     yield from _weight_sync(recipe)

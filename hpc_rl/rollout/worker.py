@@ -58,6 +58,8 @@ class Worker:
         self.simulator: TextSimulator | None = text_simulator(recipe, plan, process.run_dir.code)
         self.runner: GroupRunner | None = None  # made by _load
         self.groups: set[asyncio.Task[None]] = set()
+        self.working: dict[str, asyncio.Future[m.GroupDone | m.GroupFailed]] = {}  # by the tag of a hand-out
+        self.cancelled: set[str] = set()  # of these, by CancelGroups
         self.probe = math.nan
         self.failed: asyncio.Future[None] | None = None
 
@@ -129,6 +131,8 @@ class Worker:
                 match message:
                     case m.Generate():
                         self._start_group(message)
+                    case m.CancelGroups():
+                        self._cancel(message.tags)
                     case m.ReceiveWeights():
                         await self._receive_weights(message.version)
                     case m.Stop():
@@ -159,10 +163,30 @@ class Worker:
     # --- generation --------------------------------------------------------------------------------
     async def _group(self, request: m.Generate) -> None:
         assert self.runner is not None
-        answer = await self.runner.answer(request)
+        work = asyncio.ensure_future(self.runner.answer(request))
+        if request.purpose == "train":
+            self.working[request.tag] = work
+        try:
+            answer = await work
+        except asyncio.CancelledError:
+            if request.tag not in self.cancelled:
+                raise  # the process is ending
+            cause = "cancelled: slower than the others of its step"
+            ours = (self.process.index, self.process.incarnation)
+            answer = m.GroupFailed(*ours, request.purpose, request.tag, request.prompt.ordinal, cause)
+        finally:
+            self.working.pop(request.tag, None)
+            self.cancelled.discard(request.tag)
         if isinstance(answer, m.GroupDone):
             answer.load = self.engine.load()
         await self._send(answer)
+
+    def _cancel(self, tags: list[str]) -> None:
+        """The engine's own requests end with the task that waits for them."""
+        for tag in tags:
+            if tag in self.working:
+                self.cancelled.add(tag)
+                self.working[tag].cancel()
 
     # --- weights -----------------------------------------------------------------------------------
     async def _receive_weights(self, version: int) -> None:

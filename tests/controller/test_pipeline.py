@@ -1,4 +1,4 @@
-"""The asynchronous pipeline as a whole: refill, orders, crashes, lengths, one replica per prompt group."""
+"""The asynchronous pipeline as a whole: refill, orders, crashes, again, one replica per prompt group."""
 
 from __future__ import annotations
 
@@ -113,6 +113,37 @@ def test_after_any_crash_every_prompt_is_trained_once(tmp_path: Path, order: str
         assert len(trained) == 8 * PROMPTS_PER_STEP
         assert sorted([*trained, *dropped]) == list(range(len(trained) + len(dropped)))
         assert simulation.staleness <= STALENESS
+
+
+def test_the_slowest_are_cancelled_and_trained_later(tmp_path: Path) -> None:
+    cancelled, again = 0, 0
+
+    class Obeying(Simulation):
+        def obey(self, index: int, message: object) -> None:
+            nonlocal cancelled
+            if isinstance(message, m.CancelGroups):
+                answers = self.answers[index]
+                for answer in [a for a in answers if isinstance(a, m.GroupDone) and a.tag in message.tags]:
+                    cancelled += 1
+                    failed = m.GroupFailed(
+                        index, 1, "train", answer.tag, answer.group.prompt.ordinal, "cancelled"
+                    )
+                    answers[answers.index(answer)] = failed
+            super().obey(index, message)
+
+    for seed in range(SEEDS):
+        controller = make_controller(
+            tmp_path / str(seed), steps=8, replicas=3, before=False, rollout={"oversample": 0.5}
+        )
+        assert Obeying(controller, seed, deaths=0, ack=0.9).run()
+        trained, dropped = ledger(controller)
+        assert (sorted(trained), dropped) == (list(range(8 * PROMPTS_PER_STEP)), {})
+        rows = metrics(controller)
+        assert all(row["rollout/groups"] == PROMPTS_PER_STEP for row in rows)
+        assert max(row["rollout/staleness_max"] for row in rows) <= STALENESS
+        again += sum(row["rollout/cancelled"] for row in rows)
+        assert set(controller.generation.dispatch.loads.values()) == {0}, "what is cancelled is answered"
+    assert again >= cancelled > 0
 
 
 def test_a_prompt_group_goes_whole_to_one_replica(tmp_path: Path) -> None:

@@ -189,3 +189,12 @@ def test_the_keys_of_a_reward_include_its_name_and_weight(write: Write, wrong: W
     text = wrong(write("extends: small.yaml\nalgorithm: {group_sise: 4}\n"))
     assert "Did you mean 'group_size'?" in text
     assert ", name, " in text
+
+
+def test_over_sampling_and_refill_say_what_they_belong_to(write: Write, wrong: Wrong) -> None:
+    text = wrong(write("extends: small.yaml\nrollout: {oversample: 0.25, order: strict}\n"))
+    assert "rollout.oversample: is 0.25; it is not for rollout.order strict" in text
+    text = wrong(write("extends: small.yaml\nalgorithm: {max_refill: 1}\n"))
+    assert "max_refill belongs to drop_zero_variance: true" in text
+    text = wrong(write("extends: small.yaml\nrollout: {max_in_flight: 0}\n"))
+    assert "rollout.max_in_flight" in text and "auto" in text

@@ -29,7 +29,7 @@ from hpc_rl.rollout.engine import (
     TransferSettings,
     make_engine,
 )
-from hpc_rl.types import Sampling
+from hpc_rl.types import EngineLoad, Sampling
 from hpc_rl.weights.gloo import GlooTransport
 from hpc_rl.weights.protocol import PushResult, WeightSource, WeightTransferError
 from tests.tiny_models import EOS, FileSource, save_checkpoint
@@ -58,6 +58,7 @@ class Harness:
     attempt: int  # one of its own: transfer groups meet under it in the Redis that all engines share
     models: dict[int, Any] = field(default_factory=dict)
     sender: Any = None
+    changes: bool = True  # pushes hold what changed, for who has the version before
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(coroutine)
@@ -86,7 +87,8 @@ class Harness:
                 workers=1,
                 bucket_bytes=1 << 20,
                 timeout_s=timeout_s,
-                changes=True,
+                keep=True,
+                changes=self.changes,
             )
         results: list[PushResult] = []
         thread = threading.Thread(target=lambda: results.append(self.sender.push(version, source, [0], [0])))
@@ -248,6 +250,25 @@ def test_abort_gives_what_there_is(harness: Harness) -> None:
     assert "abort" in {sample.finish for sample in samples}
     for sample in samples:
         check_spans(sample)
+
+
+def test_load_says_what_runs_and_what_waits(harness: Harness) -> None:
+    async def scenario() -> tuple[EngineLoad, EngineLoad]:
+        tasks = [
+            asyncio.create_task(harness.engine.generate(PROMPT, SHORT, 2, f"load-{i}")) for i in range(3)
+        ]
+        most = EngineLoad()
+        while not all(task.done() for task in tasks):
+            now = harness.engine.load()
+            if now.running + now.waiting > most.running + most.waiting:
+                most = now
+            await asyncio.sleep(0.001)
+        return most, harness.engine.load()
+
+    most, after = harness.run(scenario())
+    assert 2 <= most.running <= most.running + most.waiting <= 6
+    assert (after.running, after.waiting) == (0, 0)
+    assert (most.kv_used > 0) == (harness.name == "vllm") and most.kv_used < 1
 
 
 def test_update_in_flight(harness: Harness) -> None:

@@ -232,10 +232,19 @@ def test_a_new_incarnation_joins_and_stops_when_told(replica: Replica) -> None:
     ready = replica.wait(lambda x: isinstance(x, m.ReplicaReady))
     assert isinstance(ready, m.ReplicaReady)
     assert (ready.incarnation, ready.version) == (2, 0)
+    long = Sampling(temperature=1.0, top_p=1.0, max_tokens=50, seed=3)
+    for ordinal in (20, 21):  # the hf engine has one at a time: the second waits
+        prompt = Prompt(ordinal, 0, ordinal, "w1 w2", None, {})
+        replica.send(m.Generate(prompt, 8, long, "train", f"tag{ordinal}"))
+    replica.send(m.CancelGroups(["tag21", "tag20", "tag99"]))
     replica.ask(8)
-    done = replica.wait(answers)
-    assert isinstance(done, m.GroupDone)
+    found = [replica.wait(answers) for _ in range(3)]
+    failed = {answer.ordinal: answer for answer in found if isinstance(answer, m.GroupFailed)}
+    assert set(failed) == {20, 21} and {answer.tag for answer in failed.values()} == {"tag20", "tag21"}
+    assert all("cancelled" in answer.cause for answer in failed.values())
+    (done,) = (answer for answer in found if isinstance(answer, m.GroupDone))
     assert done.group.prompt.ordinal == 8
+    assert done.load is not None and done.load.waiting == 0
     replica.send(m.Stop("the run is over"))
     replica.wait(lambda x: isinstance(x, m.RoleStopped))
     assert replica.process.wait(30) == 0

@@ -158,10 +158,13 @@ class HfEngine:
             samples: list[Sample] = await self._in_thread(
                 self._generate, list(prompt_ids), sampling, count, limit, request_id, prefix
             )
+            self._aborted.discard(request_id)
             return samples
+        except asyncio.CancelledError:
+            self._aborted.add(request_id)  # the thread looks at it before the next token
+            raise
         finally:
             self._waiting.pop(request_id, None)
-            self._aborted.discard(request_id)
 
     @torch.inference_mode()
     def _generate(
