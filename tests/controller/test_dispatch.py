@@ -84,7 +84,7 @@ def test_it_is_right_under_random_events() -> None:
 
 
 def test_a_thousand_replicas_cost_microseconds_each() -> None:
-    """A hundred thousand hand-outs and answers; a search through all replicas at each would take minutes."""
+    """Eighty thousand hand-outs and answers; a search through all replicas at each would take minutes."""
     _, dispatch = make(1000)
     begun = time.process_time()
     for _ in range(5):
