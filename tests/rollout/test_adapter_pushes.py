@@ -130,7 +130,9 @@ def harness(
     with asyncio.Runner() as runner:
         engine = make_engine(request.param, settings)
         runner.run(engine.start())
-        yield AdapterHarness(request.param, runner, engine, bus_file, folders, attempt, pushes=pushes)
+        yield AdapterHarness(
+            request.param, runner, engine, bus_file, folders, attempt, pushes=pushes, changes=False
+        )
         runner.run(engine.close())
 
 
