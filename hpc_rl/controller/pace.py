@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from hpc_rl.types import EngineLoad
 
-START = 8.0
+START = 16.0
 HIGHEST = 4096.0
 SHRINK = 0.75
 KV_TARGET, KV_HIGH = 0.85, 0.95

