@@ -31,6 +31,8 @@ def trained_findings(loaded: LoadedRecipe, site: Site, plan: Plan) -> list[Findi
     model, tp = recipe.model, recipe.policy.parallel.tp
     keys = [key for key in ("lora", "train", "freeze") if getattr(model, key)]
     folder = find_model(model.path, model.revision, site.paths.hf_home)
+    if not recipe.has_policy:  # an evaluation loads whole weights into the engines alone
+        return []
     if recipe.policy.trainer != "fsdp2" or not (keys or tp > 1) or folder is None:
         return []
     where = place(loaded, "model", keys[0]) if keys else place(loaded, "policy", "parallel", "tp")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hpc_rl.cli._checks import findings_of
 from hpc_rl.cli._evaluated import find_target
 from hpc_rl.cli._prepare import create_run, prepare
 from hpc_rl.cli._resume_keys import refusals
@@ -112,6 +113,7 @@ def test_an_rl_evaluation_is_a_job_of_one_component_without_a_policy(tmp_path: P
     assert recipe["eval"]["checkpoint"] == str(run.checkpoint(10))
     assert (recipe["eval"]["only"], recipe["eval"]["samples"]) == (True, 4)
     assert recipe["checkpoint"]["enabled"] is False
+    assert findings_of(prepare(run.resolved, ["eval.only=true", "model.freeze=[embed]"], site="local"))
     more = prepare_evaluation(
         find_target(str(run.root), None), ["rollout.replicas=9", "cluster.rollout.nodes=2"],
         recipe=None, site=None, here=False,
