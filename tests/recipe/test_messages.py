@@ -17,8 +17,8 @@ Wrong = Callable[..., str]
         (
             "eval: {evry: 3}",
             "r.yaml:2: eval.evry: unknown key (value 3). Did you mean 'every'? "
-            "Allowed here: before, best, best_mode, checkpoint, every, max_tokens, only, samples, temperature, "
-            "threshold, top_p.",
+            "Allowed here: before, best, best_mode, checkpoint, every, max_tokens, only, samples, "
+            "temperature, threshold, top_p.",
         ),
         (
             "checkpoint: {mode: asink}",
