@@ -63,7 +63,8 @@ class Trajectory(msgspec.Struct, forbid_unknown_fields=True):
     `spans` cover `[0, len(token_ids))` without gaps. `loss_mask[t]` is 0 for tokens the policy did
     not write (tool output); an empty list means all ones. `finish` is `stop`, `length` or `abort`.
     `turn_ends` are the ends (in `token_ids`, exclusive) of what the policy wrote turn by turn and
-    `turn_rewards` what each turn earned by itself; both empty where there is one turn. `metrics` are numbers
+    `turn_rewards` what each turn earned by itself; both empty where there is one turn. `text` is the answer,
+    of several turns the last; it is what rewards are told. `metrics` are numbers
     of this trajectory (tool calls, ...), of which the step reports the means.
     """
 

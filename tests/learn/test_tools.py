@@ -17,7 +17,7 @@ RECIPE = ROOT / "recipes" / "tool-calculator-tiny"
 
 
 def test_a_model_learns_to_call_the_calculator(tmp_path: Path) -> None:
-    """The reward of training episodes, and the tool's calls with it, from below 0.6 to above 0.85."""
+    """The reward of training episodes, and the tool's calls with it, from below 0.5 to above 0.85."""
     task = tmp_path / "task"
     subprocess.run([sys.executable, RECIPE / "make_model.py", task], check=True, capture_output=True)
     common = [f"output_root={tmp_path / 'runs'}", "cluster.placement=local"]
@@ -42,8 +42,10 @@ def test_a_model_learns_to_call_the_calculator(tmp_path: Path) -> None:
     print(
         f"reward {first:.3f} -> {last:.3f}, held-out greedy accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}"
     )
-    assert first < 0.6
+    assert first < 0.5
     assert last > 0.85
+    assert accuracy[0] < 0.5
     assert accuracy[-1] > 0.85
     assert rows[-1]["rollout/tool_calls"] > 0.85
-    assert max(row["train/mismatch_max"] for row in run.metrics() if "train/mismatch_max" in row) < 1e-3
+    # Before any push both sides have the same weights: two turns, token for token the same sequence.
+    assert rows[0]["train/mismatch_max"] < 1e-5
