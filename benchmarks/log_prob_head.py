@@ -2,11 +2,12 @@
 `selective_log_softmax`): `python -m benchmarks.log_prob_head [--pairs N] [--threads N]`.
 
 N = 2048 rows, 32,000 tokens, hidden size 512, fp32. The loss is a weighted sum of the log-probs, as that of
-SFT, so our gradients are made in the forward; `any_loss` is the ratio where the weights are not known and the
-logits are made twice. TRL's function loops over the first dimension, so it is timed with the rows as one
-dimension and as [8, 256], and the faster is the peer. `memory_mb` is from processes of their own: how far the
-resident memory rises above what it was before the forward, beside the gradients that are left in the end and
-the logits of one chunk and of all rows.
+SFT, so our gradients are made in the forward; `rl` is the ratio with DAPO's loss (on-policy, so that the
+gradients are the same), whose gradients are made in the forward as well, chunk by chunk; `any_loss` that
+where the weights are not known and the logits are made twice. TRL's function loops over the first
+dimension, so it is timed with the rows as one dimension and as [8, 256], and the faster is the peer.
+`memory_mb` is from processes of their own: how far the resident memory rises above what it was before the
+forward, beside the gradients that are left in the end and the logits of one chunk and of all rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._report import interleave, report_seconds, summary
+from hpc_rl.algorithms.base import TokenBatch
 from hpc_rl.algorithms.chunked_head import Head, chunk_rows, chunked_log_probs
+from hpc_rl.algorithms.config import DapoConfig
+from hpc_rl.algorithms.dapo import Dapo
 
 ROWS, VOCABULARY, HIDDEN = 2048, 32_000, 512
 GOAL = 0.75
@@ -39,24 +43,43 @@ class Case:
         self.weight = (torch.randn(VOCABULARY, HIDDEN) * 0.02).requires_grad_()
         self.targets = torch.randint(VOCABULARY, (ROWS,))
         self.weights = torch.rand(ROWS) / ROWS
+        self.dapo = Dapo(DapoConfig())
 
-    def run(self, log_probs: Callable[[], Tensor]) -> float:
+    def run(self, loss: Callable[[], Tensor]) -> float:
         self.hidden.grad = self.weight.grad = None
         began = time.perf_counter()
-        (log_probs() * -self.weights).sum().backward()
+        loss().backward()
         return time.perf_counter() - began
 
+    def weighted(self, log_probs: Tensor) -> Tensor:
+        return (log_probs * -self.weights).sum()
+
     def known(self) -> Tensor:
-        return chunked_log_probs(self.hidden, Head(self.weight), self.targets, weights=self.weights)[0]
+        head = Head(self.weight)
+        return self.weighted(chunked_log_probs(self.hidden, head, self.targets, weights=self.weights)[0])
 
     def any_loss(self) -> Tensor:
-        return chunked_log_probs(self.hidden, Head(self.weight), self.targets)[0]
+        return self.weighted(chunked_log_probs(self.hidden, Head(self.weight), self.targets)[0])
+
+    @functools.cached_property
+    def batch(self) -> TokenBatch:
+        """Tokens that the present weights sampled, with advantages whose gradient is that of `weighted`."""
+        with torch.no_grad():
+            sampled, _ = chunked_log_probs(self.hidden, Head(self.weight), self.targets)
+        sequence = torch.arange(ROWS) // 128
+        everything = (self.targets, torch.ones(ROWS), sequence, ROWS // 128, float(ROWS))
+        return TokenBatch(*everything, sampled, self.weights * ROWS)
+
+    def rl(self) -> Tensor:
+        weights = functools.partial(self.dapo.token_gradient, self.batch)
+        log_probs, _ = chunked_log_probs(self.hidden, Head(self.weight), self.targets, weights=weights)
+        return self.dapo.loss(self.batch, log_probs, None).loss
 
     def trl(self, *shape: int) -> Tensor:
         from trl.trainer.utils import selective_log_softmax
 
         hidden, targets = self.hidden.view(*shape, HIDDEN), self.targets.view(*shape)
-        return selective_log_softmax(hidden @ self.weight.T, targets).flatten()
+        return self.weighted(selective_log_softmax(hidden @ self.weight.T, targets).flatten())
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         assert self.hidden.grad is not None
@@ -66,6 +89,7 @@ class Case:
 
 SIDES: dict[str, Callable[[Case], Tensor]] = {
     "known": Case.known,
+    "rl": Case.rl,
     "any_loss": Case.any_loss,
     "trl_rows": lambda case: case.trl(ROWS),
     "trl_batch": lambda case: case.trl(8, ROWS // 8),
@@ -123,15 +147,17 @@ def main() -> None:
     peer = min(seconds, key=lambda name: seconds[name])
     print(f"the peer is {peer}: {seconds}")
     slow, slow_peer = interleave(runs["any_loss"], runs[peer], max(2, options.pairs // 3))
+    rl, rl_peer = interleave(runs["rl"], runs[peer], options.pairs)
     ours, theirs = interleave(runs["known"], runs[peer], options.pairs)
     chunk = chunk_rows(ROWS, VOCABULARY, case.hidden.device)
-    memory = {name: memory_of(name, options.threads) for name in ("known", "any_loss", peer)}
+    memory = {name: memory_of(name, options.threads) for name in ("known", "rl", "any_loss", peer)}
     report_seconds(
         "log_prob_head",
         ours,
         theirs,
         goal=GOAL,
         fastest_peer=peer,
+        rl=summary(rl, rl_peer),
         any_loss=summary(slow, slow_peer),
         memory_mb=memory
         | {

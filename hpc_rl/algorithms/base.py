@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -37,6 +37,12 @@ class TokenBatch:
     versions: Tensor | None = None
     start_version: float = 0.0
     progress: float = 0.0
+
+
+def rows_of(batch: TokenBatch, rows: slice) -> TokenBatch:
+    """The tokens `rows` alone, with the denominator of all."""
+    values = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return replace(batch, **{n: v[rows] for n, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass

@@ -10,8 +10,9 @@ The first could be scaled when g is known, the second is a sum over rows and cou
 
 - any loss, of the entropies as well: backward makes the logits of each chunk again (4 matrix products
   instead of 3);
-- `weights`, for a loss that is a weighted sum of log-probs: its g is known beforehand but for a common
-  factor, so forward makes the gradients too, and backward multiplies them with that factor.
+- `weights`, for a loss whose g is known in the forward but for a common factor: beforehand, where it is a
+  weighted sum of log-probs, or as soon as a chunk's log-probs are, where it is a sum of losses of single
+  tokens. Then forward makes the gradients too, and backward multiplies them with that factor.
 
 Softmax, log-probs and the sum over chunks of the weight's gradient are fp32 (fp64 for fp64), whatever the
 dtype of the hidden states and of the weight.
@@ -20,7 +21,7 @@ dtype of the hidden states and of the weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,6 +45,24 @@ class WeightedSum(Protocol):
     def log_prob_weights(self, batch: TokenBatch) -> Tensor:
         """The weights [N]; 0 where a token does not count."""
         ...
+
+
+@runtime_checkable
+class TokenLoss(Protocol):
+    """An algorithm whose loss may be a sum over tokens, each term of which needs its own log-prob alone."""
+
+    @property
+    def token_level(self) -> bool:
+        """Whether it is, with these options."""
+        ...
+
+    def token_gradient(self, batch: TokenBatch, rows: slice, log_probs: Tensor) -> Tensor:
+        """d loss / d log-probs [n] of the tokens `rows` of the batch, given their log-probs [n]."""
+        ...
+
+
+# The loss's g but for a factor: [N], or made of the log-probs [n] of the rows that a slice names.
+Weights = Tensor | Callable[[slice, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,12 +102,12 @@ def chunked_log_probs(
     targets: Tensor,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    weights: Tensor | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`(log_probs [N], entropy [N] or None)` of `targets` [N] after hidden [N, H]; see `token_log_probs`.
 
-    With `weights` [N] the gradients are made in the forward. They are right only for a loss whose gradient
-    by the log-probs is c * weights, for one number c; for any other the gradients are NaN. They can be used
+    With `weights` the gradients are made in the forward. They are right only for a loss whose gradient by
+    the log-probs is c * weights, for one number c; for any other the gradients are NaN. They can be used
     once. Raises ValueError for a temperature that is not positive.
     """
     if temperature <= 0:
@@ -115,7 +134,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        weights: Tensor | None,
+        weights: Weights | None,
         head: Head,
         temperature: float,
         with_entropy: bool,
@@ -125,9 +144,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias, targets)
         else:
             ctx.made = _Gradients(head, hidden, ctx.needs_input_grad, weights, temperature)
-            ctx.save_for_backward(weights)
         ctx.set_materialize_grads(False)  # an entropy that is only a metric costs nothing in backward
-        return _walk(head, hidden, targets, temperature, with_entropy, ctx.made)
+        found = _walk(head, hidden, targets, temperature, with_entropy, ctx.made)
+        if ctx.made is not None:
+            ctx.save_for_backward(ctx.made.by_log_probs)
+        return found
 
     @staticmethod
     @once_differentiable
@@ -159,17 +180,17 @@ class _Gradients:
         head: Head,
         rows: Tensor,
         needed: tuple[bool, ...],
-        by_log_probs: Tensor,
+        by_log_probs: Weights,
         temperature: float,
         by_entropy: Tensor | None = None,
     ) -> None:
-        self.head, self.rows = head, rows
+        self.head, self.rows, self.constant = head, rows, -head.scale / temperature
         sums = {"dtype": wide_dtype(rows.dtype), "device": rows.device}
-        by_log_probs = by_log_probs.to(sums["dtype"])
+        self.make = None if isinstance(by_log_probs, Tensor) else by_log_probs
+        given = by_log_probs if isinstance(by_log_probs, Tensor) else rows.new_zeros(len(rows))
+        self.by_log_probs = given.to(sums["dtype"])
         # Both gradients differ from row to row, so that they are put into D, and nothing is left outside.
-        self.mixed = None if by_entropy is None else (by_log_probs, by_entropy.to(sums["dtype"]))
-        outside = by_log_probs if by_entropy is None else torch.ones_like(by_log_probs)
-        self.factor = outside * (-head.scale / temperature)
+        self.by_entropy = None if by_entropy is None else by_entropy.to(sums["dtype"])
         self.hidden = torch.empty_like(rows) if needed[0] else None
         self.weight = torch.zeros(head.weight.shape, **sums) if needed[1] else None
         with_bias = head.bias is not None and needed[2]
@@ -177,16 +198,19 @@ class _Gradients:
 
     def difference(self, at: slice, p: Tensor, index: Tensor) -> Tensor:
         """D of the rows `at` before the soft cap, of which p [n, V] is the softmax; may be in its place."""
-        bonus = None if self.mixed is None else entropy_slope(p)
+        bonus = None if self.by_entropy is None else entropy_slope(p)
         p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
-        if self.mixed is None or bonus is None:
+        if self.by_entropy is None or bonus is None:
             return p
-        by_log_probs, by_entropy = (values[at].unsqueeze(1) for values in self.mixed)
+        by_log_probs, by_entropy = (v[at].unsqueeze(1) for v in (self.by_log_probs, self.by_entropy))
         return p.mul_(by_log_probs).addcmul_(bonus, by_entropy, value=-1.0)
 
-    def add(self, chunk: slice, difference: Tensor) -> None:
-        """Of the rows `chunk`, whose D is `difference`."""
-        factor = self.factor[chunk]
+    def add(self, chunk: slice, difference: Tensor, log_probs: Tensor) -> None:
+        """Of the rows `chunk`, whose D is `difference`, given their log-probs."""
+        if self.make is not None:
+            self.by_log_probs[chunk] = self.make(chunk, log_probs)
+        outside = self.by_log_probs[chunk]
+        factor = (outside if self.by_entropy is None else torch.ones_like(outside)) * self.constant
         if self.hidden is not None:
             self.hidden[chunk] = torch.mm(difference, self.head.weight) * factor.unsqueeze(1)
         if self.weight is not None:
@@ -242,7 +266,7 @@ def _walk(
                 d = gradients.difference(at, p, index)
                 logits[block] = d if slope is None else d.mul_(slope)
         if gradients is not None:
-            gradients.add(chunk, logits)
+            gradients.add(chunk, logits, log_probs[chunk])
     return log_probs, entropy
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hpc_rl.algorithms.base import LossOutput, TokenBatch, drop_unusable, token_weights
+from hpc_rl.algorithms.base import LossOutput, TokenBatch, drop_unusable, rows_of, token_weights
 from hpc_rl.algorithms.config import Correction, RlConfig
 
 MAX_K3 = 10.0  # one token that the policy all but ruled out would outweigh a whole step
@@ -286,6 +286,20 @@ class PolicyGradient(ABC):
     @abstractmethod
     def surrogate(self, tokens: Tokens) -> Surrogate:
         """What is maximised, token by token."""
+
+    @property
+    def token_level(self) -> bool:
+        """See `algorithms.chunked_head.TokenLoss`: nothing of it looks at a whole answer."""
+        config = self.config
+        masks = config.correction.kind == "sequence_mask" or config.off_policy_mask is not None
+        return not masks and config.loss_aggregation != "sequence_mean" and config.entropy_beta == 0
+
+    def token_gradient(self, batch: TokenBatch, rows: slice, log_probs: Tensor) -> Tensor:
+        """See `algorithms.chunked_head.TokenLoss`."""
+        with torch.enable_grad():
+            own = log_probs.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.loss(rows_of(batch, rows), own, None).loss, own)
+        return gradient
 
     def loss(self, batch: TokenBatch, log_probs: Tensor, entropy: Tensor | None) -> LossOutput:
         return policy_loss(batch, log_probs, self.config, self.surrogate, entropy=entropy)

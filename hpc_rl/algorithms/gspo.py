@@ -15,6 +15,8 @@ from hpc_rl.algorithms.grpo import Grpo
 class Gspo(Grpo):
     """`Algorithm` of that name: GRPO's clip of the sequence's ratio."""
 
+    token_level = False  # whatever the options: the ratio is one of the answer
+
     def surrogate(self, tokens: Tokens) -> Surrogate:
         options = self.config
         return clipped(tokens, sequence_ratio(tokens), options.clip_low, options.clip_high, options.floor)

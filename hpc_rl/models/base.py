@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hpc_rl.algorithms.chunked_head import Weights
+
 # What a processor made of the images and videos of one sequence (`pixel_values`, `image_grid_thw`, ...),
 # by the names of the model's forward; without `input_ids` and `attention_mask`.
 Media = dict[str, Tensor]
@@ -73,11 +75,11 @@ class ModelAdapter(Protocol):
         ...
 
     def log_probs(
-        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Tensor | None = None
+        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Weights | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`(log_probs [N], entropy [N] or None)` of the row's targets, in fp32, without logits of all of them
-        where the head allows it. `weights` [N] are for a loss that is a multiple of their sum with the
-        log-probs (`algorithms.chunked_head`)."""
+        where the head allows it. `weights` are for a loss whose gradient by the log-probs is a multiple of
+        them (`algorithms.chunked_head`)."""
         ...
 
     def buckets(self, max_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:

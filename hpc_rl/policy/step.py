@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_rl.algorithms.base import Algorithm, LossOutput, TokenBatch
-from hpc_rl.algorithms.chunked_head import WeightedSum
+from hpc_rl.algorithms.chunked_head import TokenLoss, WeightedSum, Weights
 from hpc_rl.data.errors import DataError
 from hpc_rl.models.base import ModelAdapter
 from hpc_rl.policy.batching import Fixed, PackedBatch, pack_samples
@@ -151,7 +152,11 @@ class StepRunner:
     def _log_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         algorithm, tokens = self.algorithm, batch.tokens
         # Where they are known the head makes its gradients in the forward, which saves one of its products.
-        weights = algorithm.log_prob_weights(tokens) if isinstance(algorithm, WeightedSum) else None
+        weights: Weights | None = None
+        if isinstance(algorithm, WeightedSum):
+            weights = algorithm.log_prob_weights(tokens)
+        elif isinstance(algorithm, TokenLoss) and algorithm.token_level:
+            weights = functools.partial(algorithm.token_gradient, tokens)
         return self.model.log_probs(batch.row, algorithm.temperature, algorithm.needs_entropy, weights)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_rl.algorithms import chunked_head
 from hpc_rl.bus.messages import MicroBatch, MiniBatch, TrainStep
 from hpc_rl.controller.batch import BatchOptions, loss_denominator, train_steps
 from hpc_rl.policy.batching import pack_samples
@@ -211,3 +212,21 @@ def test_the_controller_splits_a_step_into_parts_of_one_size(
     assert max(sizes) - min(sizes) <= 1
     assert len({len(command.micro_batches) for command in commands}) == 1
     assert parts[-1].end == len(commands[0].micro_batches)
+
+
+def test_gradients_made_in_the_forward_are_those_of_the_logits(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of more than one chunk of the head, with the KL to a reference in the loss."""
+    found = []
+    for name, elements in (("whole", 1 << 23), ("chunks", 5 * 96)):
+        monkeypatch.setitem(chunked_head.CHUNK_ELEMENTS, "cpu", elements)
+        (tmp_path / name).mkdir()
+        trainer = trainer_of(tmp_path / name, tiny_model, kl_beta=0.1)
+        steps = [trainer.train_step(TrainStep(n, [MicroBatch(samples(6))], 18.0)) for n in (1, 2)]
+        found.append(([one["train/grad_norm"] for one in steps], weights(trainer)))
+        trainer.close()
+    (norms, whole), (in_chunks, chunks) = found
+    assert norms == pytest.approx(in_chunks, rel=1e-5)
+    for a, b in zip(whole, chunks, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

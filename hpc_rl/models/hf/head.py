@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hpc_rl.algorithms.chunked_head import Head, chunk_rows, chunked_log_probs, finish
+from hpc_rl.algorithms.chunked_head import Head, Weights, chunk_rows, chunked_log_probs, finish
 from hpc_rl.algorithms.log_probs import token_log_probs
 from hpc_rl.models.base import ParallelSpec, Row
 from hpc_rl.models.hf.rows import packed, usual_ids
@@ -46,7 +46,7 @@ class ChunkedHead:
         return chunk_rows(len(keep), self._vocabulary, keep.device) < len(keep)
 
     def log_probs(
-        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Tensor | None = None
+        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Weights | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `ModelAdapter.log_probs`."""
         hidden, rest = self._hidden(row)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hpc_rl.algorithms.chunked_head import Weights
 from hpc_rl.algorithms.log_probs import token_log_probs
 from hpc_rl.models.base import Media, ModelError, ParallelSpec, Row
 from hpc_rl.models.hf.attention import NotPacked
@@ -69,7 +70,7 @@ class HfModel:
         return self.rows(self.module, input_ids, position_ids, keep, media)
 
     def log_probs(
-        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Tensor | None = None
+        self, row: Row, temperature: float = 1.0, with_entropy: bool = False, weights: Weights | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `ModelAdapter.log_probs`."""
         if self.head is not None and self.head.pays(row.keep):
