@@ -143,7 +143,11 @@ class Worker:
                         self.process.log.warning("a replica cannot obey %s", type(message).__name__)
 
     def _start_group(self, request: m.Generate) -> None:
-        task = asyncio.create_task(self._group(request), name=f"prompt-{request.prompt.ordinal}")
+        assert self.runner is not None
+        work = asyncio.ensure_future(self.runner.answer(request))
+        if request.purpose == "train":  # now: the next message may cancel it
+            self.working[request.tag] = work
+        task = asyncio.create_task(self._group(request, work), name=f"prompt-{request.prompt.ordinal}")
         self.groups.add(task)
         self.process.phase("generate")
         task.add_done_callback(self._group_ended)
@@ -161,11 +165,7 @@ class Worker:
         await asyncio.to_thread(self.process.send, *messages)
 
     # --- generation --------------------------------------------------------------------------------
-    async def _group(self, request: m.Generate) -> None:
-        assert self.runner is not None
-        work = asyncio.ensure_future(self.runner.answer(request))
-        if request.purpose == "train":
-            self.working[request.tag] = work
+    async def _group(self, request: m.Generate, work: asyncio.Future[m.GroupDone | m.GroupFailed]) -> None:
         try:
             answer = await work
         except asyncio.CancelledError:
@@ -244,7 +244,7 @@ class Worker:
 
     # --- the end -----------------------------------------------------------------------------------
     async def _close(self) -> None:
-        for task in list(self.groups):
+        for task in [*self.groups, *self.working.values()]:
             task.cancel()
         await asyncio.gather(*self.groups, return_exceptions=True)
         if self.runner is not None:
