@@ -1,6 +1,6 @@
 """What a push of weights costs: `python -m benchmarks.weight_sync`.
 
-Three results, each with a JSON line; the last one printed is the wire's.
+Four results, each with a JSON line; the last one printed is the wire's.
 
 - `wire`: bytes per second of a push's frames over those of a plain `dist.broadcast` of the same tensors, one
   by one, in a gloo group of the same two processes, warm: the transport without packing and checking.
@@ -8,6 +8,9 @@ Three results, each with a JSON line; the last one printed is the wire's.
   model's weights and confirmed.
 - `pause` (needs vLLM; `--parts` chooses): how long generation stands still for a push into a real vLLM engine
   that is generating, over vLLM's own pause, `reload_weights` from page-cached files, and resume.
+- `delta`: bytes of a push of what changed over those of all, descriptions included, after each of the first
+  AdamW steps at lr 3e-6 on weights of std 0.02 (random gradients; the first step, without a warm-up, moves
+  every weight by lr). Bytes, not seconds: it has no control.
 
 `--megabytes` and `--pairs` make a shorter run.
 """
@@ -33,6 +36,7 @@ from benchmarks._report import interleave, report
 from hpc_rl.bus.server import RedisServer
 from hpc_rl.weights.buffers import BufferPool
 from hpc_rl.weights.gloo import GlooTransport
+from hpc_rl.weights.mirror import Mirror
 from hpc_rl.weights.protocol import END, Frame, agree, pack_bucket, receive_frame, send_frame
 from hpc_rl.weights.receiver import Receiver
 from hpc_rl.weights.sender import group_prefix
@@ -40,6 +44,7 @@ from hpc_rl.weights.sender import group_prefix
 BUCKET_BYTES = 64 << 20
 LIMIT_S = 60.0
 RAW, WIRE, PUSH, DONE = range(4)
+PARTS = ["delta", "pause", "wire"]
 Bucket = list[tuple[str, torch.Tensor]]
 
 
@@ -229,7 +234,12 @@ def push_server(folder: str, turns: Any) -> None:
     torch.set_num_threads(1)
     source = FileSource(f"{folder}/model")
     sender = GlooTransport.sender(
-        f"{folder}/bus/bus.json", attempt=1, workers=1, bucket_bytes=BUCKET_BYTES, timeout_s=LIMIT_S
+        f"{folder}/bus/bus.json",
+        attempt=1,
+        workers=1,
+        bucket_bytes=BUCKET_BYTES,
+        timeout_s=LIMIT_S,
+        keep=True,
     )
     while version := turns.get():
         assert not sender.push(version, source, [0], [0]).failed
@@ -253,7 +263,8 @@ class Generating:
             target=push_server, args=(folder, self.turns), daemon=True
         )
         self.server.start()
-        transfer = TransferSettings(Path(folder) / "bus" / "bus.json", attempt=1, replica=0, incarnation=0)
+        bus_file = Path(folder) / "bus" / "bus.json"
+        transfer = TransferSettings(bus_file, attempt=1, replica=0, incarnation=0, keep=True)
         settings = EngineSettings(
             model=self.model,
             options=VllmOptions(extra={"skip_tokenizer_init": True}),
@@ -286,6 +297,7 @@ class Generating:
     async def _push(self) -> float:
         self.version += 1
         self.turns.put(self.version)
+        await self.engine.fetch_weights(self.version, LIMIT_S)
         began = time.perf_counter()
         await self.engine.pause()
         await self.engine.receive_weights(self.version, LIMIT_S)
@@ -330,6 +342,42 @@ def pause(folder: str, pairs: int) -> None:
     )
 
 
+class Trained:
+    """fp32 weights of decoder layers under AdamW; a source of them in bf16."""
+
+    def __init__(self, nbytes: int) -> None:
+        torch.manual_seed(0)
+        self.weights = {
+            name: torch.nn.Parameter(tensor.float()) for layer in layers(nbytes) for name, tensor in layer
+        }
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=3e-6, weight_decay=0.01)
+
+    def step(self) -> None:
+        for weight in self.weights.values():
+            weight.grad = torch.randn_like(weight) * 1e-3
+        self.optimizer.step()
+
+    def bucket(self) -> Bucket:
+        return [(name, weight.detach().bfloat16()) for name, weight in self.weights.items()]
+
+
+def delta(megabytes: int, steps: int) -> None:
+    """The result without a clock."""
+    model, mirror = Trained(megabytes * 10**6), Mirror()
+    mirror.put(0, model.bucket())
+    ratios = []
+    for step in range(steps):
+        model.step()
+        patches = mirror.put_changes(0, model.bucket())
+        assert patches is not None
+        whole = mirror.frame(step + 1, 0)
+        change = mirror.change_frame(step + 1, step, 0, patches)
+        sizes = [len(frame.meta) + frame.payload.numel() for frame in (change, whole)]
+        ratios.append(sizes[0] / sizes[1])
+        print(f"step {step + 1}/{steps}: {sizes[0] / 1e6:.2f} MB of {sizes[1] / 1e6:.2f} MB")
+    report("weight_sync.delta", ratios, goal=0.1, better="lower", aa=1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -337,13 +385,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--megabytes", type=int, default=320)
     parser.add_argument("--bucket-mb", type=int, default=BUCKET_BYTES >> 20)
-    parser.add_argument("--parts", nargs="+", choices=["pause", "wire"], default=["pause", "wire"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = RedisServer(Path(folder) / "redis")
         server.start()
         server.write_bus_file(Path(folder) / "bus" / "bus.json")
         try:
+            if "delta" in options.parts:
+                delta(min(options.megabytes, 64), options.pairs)
             if "pause" in options.parts:
                 pause(folder, options.pairs)
             if "wire" in options.parts:

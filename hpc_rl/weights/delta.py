@@ -1,15 +1,18 @@
 """What changed between two versions of a tensor of 16-bit elements, in few bytes, and back again.
 
-A small optimizer step leaves most bfloat16 weights as they were and moves the others by few units in the
-last place. A patch of k changed elements has, one part after the other:
+A small optimizer step leaves most bfloat16 weights as they were and moves most others by one unit in the
+last place. A patch has, one part after the other:
 
-    wide    int16[w]    new bits of the elements whose step does not fit into a byte
-    index   uint8[]     number of unchanged elements before each changed one, the largest value meaning
+    wide    int16[w]    new bits of the far elements whose step does not fit into a byte
+    index   uint8[]     number of unchanged elements before each far one, the largest value meaning
             or uint16[] that many unchanged elements more; or (`mask`) a bit per element
-    steps   int8[k]     new bits minus old bits as integers; -128: the next of `wide`
+    steps   int8[f]     of the far ones: new bits minus old bits as integers; -128: the next of `wide`
+    near    uint8[]     for each element that moved by one: twice the number of elements before it that did
+                        not, plus one if it moved down; 254 means 127 elements more
 
-The form of the index is the shortest of the three. Where the tensor itself is shorter than its patch, or its
-elements are not 16 bits wide, the patch is the tensor; where nothing changed, it is empty.
+The form of the index is the shortest of the three; where near elements are so rare that their bytes would be
+mostly 254, they are far ones too. Where the tensor itself is shorter than its patch, or its elements are
+not 16 bits wide, the patch is the tensor; where nothing changed, it is empty.
 """
 
 from __future__ import annotations
@@ -19,16 +22,20 @@ import numpy as np
 import torch
 
 NOT_A_STEP = -128
+NEAR_MOST = 127
 SAME, WHOLE, GAPS8, GAPS16, MASK = "same", "whole", "gaps8", "gaps16", "mask"
 
 
 class Patch(msgspec.Struct, frozen=True, array_like=True):
-    """How a patch of `nbytes` is to be read: `changed` elements, `wide` of them not as steps."""
+    """How a patch of `nbytes` is to be read: `changed` elements, of which `near` moved by one and take
+    `near_nbytes`, and `wide` are not written as steps."""
 
     form: str
     nbytes: int
     changed: int = 0
     wide: int = 0
+    near: int = 0
+    near_nbytes: int = 0
 
 
 def encode(old: torch.Tensor, new: torch.Tensor, element: int) -> tuple[Patch, list[np.ndarray]]:
@@ -40,17 +47,21 @@ def encode(old: torch.Tensor, new: torch.Tensor, element: int) -> tuple[Patch, l
     where = np.flatnonzero(before != after)
     if len(where) == 0:
         return Patch(SAME, 0), []
-    values = after[where]
-    steps = values - before[where]
+    steps = after[where] - before[where]
+    one = np.abs(steps) == 1
+    near = _near(where[one], steps[one] < 0)
+    if near.nbytes > 3 * int(one.sum()):
+        one[:], near = False, near[:0]
+    far, steps = where[~one], steps[~one]
     small = steps.astype(np.int8)
     wide = (small != steps) | (small == NOT_A_STEP)
     small[wide] = NOT_A_STEP
-    form, index = _index(where, len(before))
-    parts = [values[wide].view(np.uint8), index, small.view(np.uint8)]
+    form, index = _index(far, len(before))
+    parts = [after[far[wide]].view(np.uint8), index, small.view(np.uint8), near]
     nbytes = sum(part.nbytes for part in parts)
     if nbytes >= new.numel():
         return Patch(WHOLE, new.numel()), [new.numpy()]
-    return Patch(form, nbytes, len(where), int(wide.sum())), parts
+    return Patch(form, nbytes, len(where), int(wide.sum()), int(one.sum()), near.nbytes), parts
 
 
 def apply(patch: Patch, data: torch.Tensor, old: torch.Tensor) -> None:
@@ -66,15 +77,32 @@ def apply(patch: Patch, data: torch.Tensor, old: torch.Tensor) -> None:
         old.copy_(data)
         return
     elements, content = old.numpy().view(np.int16), data.numpy()
+    far, end = patch.changed - patch.near, patch.nbytes - patch.near_nbytes
     wide = content[: 2 * patch.wide].view(np.int16)
-    small = content[patch.nbytes - patch.changed :].view(np.int8)
-    index = content[2 * patch.wide : patch.nbytes - patch.changed]
+    index, small = content[2 * patch.wide : end - far], content[end - far : end].view(np.int8)
     where = _positions(patch.form, index, len(elements))
-    if len(where) != patch.changed or (len(where) and where[-1] >= len(elements)):
-        raise ValueError(f"a patch of {patch.changed} elements names {len(where)}, or some beyond the tensor")
+    near, down = _near_positions(content[end:])
+    for found, count in ((where, far), (near, patch.near)):
+        if len(found) != count or (count and found[-1] >= len(elements)):
+            raise ValueError(f"a patch of {count} elements names {len(found)}, or some beyond the tensor")
     values = elements[where] + small
     values[small == NOT_A_STEP] = wide
     elements[where] = values
+    elements[near] += np.where(down, -1, 1).astype(np.int16)
+
+
+def _near(where: np.ndarray, down: np.ndarray) -> np.ndarray:
+    gaps = np.diff(where, prepend=-1) - 1
+    skips = gaps // NEAR_MOST
+    written = np.full(len(where) + int(skips.sum()), NEAR_MOST << 1, dtype=np.uint8)
+    written[np.arange(len(where)) + np.cumsum(skips)] = (gaps % NEAR_MOST) << 1 | down
+    return written
+
+
+def _near_positions(written: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    gaps = (written >> 1).astype(np.int64)
+    ends = gaps != NEAR_MOST
+    return (np.cumsum(gaps + ends) - 1)[ends], (written & 1)[ends].astype(np.bool_)
 
 
 def _index(where: np.ndarray, count: int) -> tuple[str, np.ndarray]:

@@ -37,38 +37,28 @@ def there_and_back(old: torch.Tensor, new: torch.Tensor) -> Patch:
     return patch
 
 
+@pytest.mark.parametrize("step", [1, -1, 5, -300])
 @pytest.mark.parametrize(
-    ("density", "form"), [(0.0, SAME), (0.0005, GAPS16), (0.03, GAPS8), (0.4, MASK), (1.0, MASK)]
+    ("density", "form", "share"),
+    [(0.0, SAME, 0), (0.0005, GAPS16, 0.6), (0.03, GAPS8, 0.55), (0.4, MASK, 0.5), (1.0, MASK, 0.5)],
 )
-def test_every_density_has_its_form(density: float, form: str) -> None:
+def test_every_density_has_its_form(density: float, form: str, share: float, step: int) -> None:
+    """`share` is bytes per changed element over four."""
     torch.manual_seed(1)
     old = (torch.randn(300, 217) * 0.02).bfloat16()
     bits = old.view(torch.int16).clone()
-    bits[torch.rand(old.shape) < density] += 1
+    bits[torch.rand(old.shape) < density] += step
     patch = there_and_back(old, bits.view(torch.bfloat16))
-    assert patch.form == form
-    assert patch.nbytes <= old.nbytes * (density * 1.6 + 0.001)
-
-
-@pytest.mark.parametrize("gap", [254, 255, 256, 509, 510, 65534, 65535, 65536, 131070])
-def test_gaps_around_the_largest_that_one_number_holds(gap: int) -> None:
-    old = torch.zeros(gap * 3 + 10, dtype=torch.bfloat16)
-    new = old.clone()
-    for position in (0, gap + 1, 2 * gap + 1, len(old) - 1):
-        new[position] = 1.0
-    patch = there_and_back(old, new)
-    assert patch.changed == 4
-    assert patch.wide == 4  # from 0 to 1 is no small step
-
-
-def test_steps_of_all_sizes_and_signs() -> None:
-    values = torch.tensor([0.0, -0.0, 1e-30, -1e-30, float("inf"), float("nan"), 3.0, -3.0])
-    old = torch.cat([values, values.roll(3), torch.zeros(4000)]).bfloat16()
-    new = torch.cat([values.roll(1), values, torch.zeros(4000)]).bfloat16()
-    bits = new.view(torch.int16)
-    for i, step in enumerate((1, -1, 127, -127, 128, -128, 129, -129, 32767, -32768)):
-        bits[100 + 7 * i] += step
-    assert there_and_back(old, new).wide > 4
+    if step == -300 and density == 1.0:
+        assert patch.form == WHOLE
+        return
+    assert patch.near == (patch.changed if abs(step) == 1 and density > 0.001 else 0)
+    if patch.near == 0:
+        assert patch.form == form
+    extra = 2 if step == -300 else 0
+    room = old.numel() / 8 if form == MASK else 0.002 * old.numel()
+    per_element = (1 if patch.near else 4 * share) + extra
+    assert patch.nbytes <= old.numel() * density * per_element * 1.3 + room
 
 
 def test_another_tensor_travels_whole() -> None:
@@ -93,8 +83,8 @@ def test_a_patch_of_another_tensor_is_refused() -> None:
         apply(Patch("zip", patch.nbytes, patch.changed, patch.wide), data, as_bytes(old).clone())
 
 
-def test_ten_per_cent_are_enough_for_adamw() -> None:
-    """Weights of std 0.02, lr 3e-6, the steps after the first (which moves every weight by lr)."""
+def test_a_step_of_adamw_takes_less_than_ten_per_cent() -> None:
+    """Weights of std 0.02, lr 3e-6, from the first step on, which moves every weight by lr."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(400_000) * 0.02)
     optimizer = torch.optim.AdamW([weight], lr=3e-6, weight_decay=0.01)
@@ -105,8 +95,7 @@ def test_ten_per_cent_are_enough_for_adamw() -> None:
         optimizer.step()
         new = weight.detach().bfloat16()
         shares.append(there_and_back(old, new).nbytes / old.nbytes)
-    assert max(shares[1:]) < 0.1
-    assert shares[0] < 0.12
+    assert max(shares) < 0.07
 
 
 # --- over real gloo groups ------------------------------------------------------------------------------
