@@ -43,6 +43,7 @@ class Observations:
         self._template, self._tools = template, list(tools) or None
         self._role = self._tool_role() if tools else "user"
         self._lists = self._lists_tools()
+        self.closes = self._closes()
         if not tools:
             self._require(self._why_not("user"))
 
@@ -90,6 +91,15 @@ class Observations:
         if once != twice:
             return "what it prints depends on the turns before"
         return None
+
+    def _closes(self) -> bool:
+        """Whether the template ends a turn by a text of its own. In GLM's the next role does that."""
+        written = {"role": "assistant", "content": _WRITTEN}
+        try:
+            text = self._template.render(self._template.prepared([_QUESTION, written]), tools=self._tools)
+        except TemplateRefused:
+            return False
+        return bool(text.partition(_WRITTEN)[2].strip())
 
     def _lists_tools(self) -> bool:
         if self._tools is None:

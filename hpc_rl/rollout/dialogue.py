@@ -48,8 +48,10 @@ class Dialogue:
         beginning of the next turn. The turn itself is not looked at but for its last token."""
         text = self._observations.text(self._cleaned(messages))
         ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
-        ended = bool(turn_ids) and turn_ids[-1] in self._special
-        return ids[1:] if ended and ids[0] in self._special else ids
+        if not turn_ids or turn_ids[-1] not in self._special or ids[0] not in self._special:
+            return ids
+        # Both end the turn (maybe by another token: Harmony's last), or the policy began the next one's role.
+        return ids[1:] if self._observations.closes or ids[0] == turn_ids[-1] else ids
 
     def turn_text(self, turn_ids: Sequence[int]) -> str:
         """The words of a turn for the environment, without the token that ended it."""

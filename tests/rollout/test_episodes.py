@@ -235,6 +235,20 @@ def test_ids_are_those_of_the_whole_conversation(family: str) -> None:
     assert dialogue.prompt_ids(question, [], SPEC) == codec.encode(question, SPEC)
 
 
+def test_a_template_whose_turns_end_by_the_next_role() -> None:
+    """GLM's way: the role's token is what the policy stops at, and is neither doubled nor lost."""
+    source = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    tokenizer = make_tokenizer(source + "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    dialogue = Dialogue(PromptCodec(tokenizer), [])
+    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    answer = tokenizer("four", add_special_tokens=False).input_ids
+    more = [{"role": "user", "content": "and"}]
+    said = [*tokenizer("and", add_special_tokens=False).input_ids, assistant]
+    assert dialogue.observation_ids(more, answer) == [user, *said]
+    assert dialogue.observation_ids(more, [*answer, user]) == said
+    assert dialogue.observation_ids(more, [*answer, tokenizer.eos_token_id]) == [user, *said]
+
+
 def test_tokenizers_without_a_template_are_refused() -> None:
     with pytest.raises(DataError, match="need a tokenizer with a chat template"):
         Dialogue(PromptCodec(make_tokenizer(None)), [])
