@@ -4,7 +4,8 @@
     reinforce_pp_baseline   A = (R - mean_group(R)) / std   the std of these, over the whole batch
 
 The loss is GRPO's. Each answer counts once in mean and deviation, whatever its length. The paper's KL
-reward is `kl_in: reward` (`policy/penalised_rewards.py`). """
+reward is `kl_in: reward` (`policy/penalised_rewards.py`).
+"""
 
 from __future__ import annotations
 

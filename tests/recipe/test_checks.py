@@ -14,6 +14,9 @@ Write = Callable[..., Path]
 Wrong = Callable[..., str]
 
 
+KL = "algorithm={name: grpo, group_size: 4, kl_beta: 0.1}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -104,11 +107,11 @@ Wrong = Callable[..., str]
         ),
         (
             ["model.dtype=bfloat16", "rollout.weights={mode: delta, transport: nccl}"],
-            "rollout.weights.transport: is 'nccl', which sends whole weights out of GPU memory; mode delta",
+            "rollout.weights.transport: is 'nccl'; mode delta needs gloo",
         ),
         (
             ["rollout.weights={overlap: true, transport: nccl}"],
-            "rollout.weights.transport: is 'nccl', which sends whole weights out of GPU memory; overlap",
+            "rollout.weights.transport: is 'nccl'; overlap needs gloo",
         ),
         (
             ["model.dtype=bfloat16", "rollout.weights={mode: delta, overlap: false}"],
@@ -162,6 +165,34 @@ Wrong = Callable[..., str]
             "flash_attention_3, flash_attention_4, flex_attention. Did you mean 'flash_attention_2'?",
         ),
         (["model.attn_implementation=SDPA"], "Did you mean 'sdpa'?"),
+        (
+            ["policy.reference.reset_every=5"],
+            "policy.reference: nothing in this recipe is held to a reference: leave it out, or set algorithm",
+        ),
+        (
+            [KL, "policy.reference.mode=lora_off"],
+            "policy.reference.mode: is 'lora_off'; there are no adapters without model.lora: use full",
+        ),
+        (
+            [KL, "model.lora={modules_to_save: [lm_head]}", "policy.reference.mode=lora_off"],
+            "policy.reference.mode: is 'lora_off'; modules of model.lora.modules_to_save stay trained",
+        ),
+        (
+            [KL, "model.lora={r: 4}", "policy.reference={mode: lora_off, reset_every: 5}"],
+            "policy.reference.mode: is 'lora_off', which is the policy's own model: path, reset_every and",
+        ),
+        (
+            [KL, "policy.reference={path: other, reset_every: 5}"],
+            "policy.reference.reset_every: copies the policy into the reference, which must begin as the",
+        ),
+        (
+            [KL, "policy.reference.revision=main"],
+            "policy.reference.revision: belongs to policy.reference.path, which is not set",
+        ),
+        (
+            ["policy.updates.mini_batches=1000"],
+            "policy.updates.mini_batches: is 1000; must be at most policy.batch_size",
+        ),
         (
             ["data.train.template=Say it"],
             "data.train.template: is 'Say it'; it names no column (as {question} would), so every row",
