@@ -166,7 +166,7 @@ def copies_note(
     sync = recipe.rollout.weights
     on_gpu = all(group.gpus_per_task > 0 for group in groups if group.role in ("policy", "rollout"))
     transport = auto_transport(sync, on_gpu) if sync.transport == "auto" else sync.transport
-    if transport == "nccl" or sync.overlap is False or adapter:
+    if transport != "gloo" or sync.overlap is False or adapter:
         return ""
     size = parameters * _BYTES[recipe.model.dtype] / GIB
     workers = recipe.rollout.parallel.tp * recipe.rollout.parallel.pp

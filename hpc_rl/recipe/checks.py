@@ -360,10 +360,9 @@ def _weight_sync(recipe: Recipe) -> Found:
     if delta and sync.overlap is False:
         text = "is false; with mode delta both sides keep copies and pushes overlap: leave it out"
         yield ("rollout", "weights", "overlap"), text
-    if sync.transport == "nccl" and (delta or sync.overlap):
+    if sync.transport not in ("auto", "gloo") and (delta or sync.overlap):
         what = "mode delta needs" if delta else "overlap needs"
-        text = f"is 'nccl', which sends whole weights out of GPU memory; {what} gloo"
-        yield ("rollout", "weights", "transport"), text
+        yield ("rollout", "weights", "transport"), f"is {sync.transport!r}; {what} gloo"
 
 
 def _cluster(recipe: Recipe) -> Found:

@@ -127,18 +127,8 @@ class NcclTransport:
 
     @staticmethod
     def sender(
-        bus_file: Path | str,
-        *,
-        attempt: int,
-        workers: int,
-        bucket_bytes: int,
-        timeout_s: float,
-        keep: bool = False,
-        changes: bool = False,
+        bus_file: Path | str, *, attempt: int, workers: int, bucket_bytes: int, timeout_s: float
     ) -> BroadcastSender:
-        if keep or changes:
-            raise ValueError("the nccl transport keeps no copies: weights leave out of GPU memory")
-
         def open_channel(prefix: str, limit_s: float) -> NcclChannel:
             return open_sender_channel(bus_file, prefix, workers, limit_s)
 

@@ -36,13 +36,13 @@ def keeps_copies(recipe: Recipe, plan: Plan) -> bool:
     """Whether rank 0 and the replicas keep a copy of the weights on the host, so that pushes overlap with the
     next step and with generation (`rollout.weights.overlap`), or hold what changed (`mode: delta`).
 
-    Raises ValueError where the transport moves weights between GPUs and one of these was asked for.
+    Raises ValueError where one of these was asked for and the transport is another than gloo.
     """
     assert recipe.rollout is not None
     sync = recipe.rollout.weights
-    on_host = transport_name(recipe, plan) != "nccl"
+    on_host = transport_name(recipe, plan) == "gloo"
     if (sync.overlap or sync.mode == "delta") and not on_host:
-        raise ValueError("rollout.weights.transport: nccl sends whole weights out of GPU memory; use gloo")
+        raise ValueError("rollout.weights.overlap and mode delta need the transport gloo")
     return on_host and (sync.mode == "delta" or sync.overlap is not False)
 
 
@@ -56,13 +56,15 @@ def make_sender(recipe: Recipe, plan: Plan, bus_file: Path | str, attempt: int) 
     name = transport_name(recipe, plan)
     assert recipe.rollout is not None
     sync, parallel = recipe.rollout.weights, recipe.rollout.parallel
+    options: dict[str, bool] = {}
+    if keeps_copies(recipe, plan):
+        options = {"keep": True, "changes": sync.mode == "delta" and sync.lora != "adapter"}
     sender: Sender = load_transport(name).sender(
         bus_file,
         attempt=attempt,
         workers=parallel.tp * parallel.pp,
         bucket_bytes=sync.bucket_mb << 20,
         timeout_s=sync.timeout_s,
-        keep=keeps_copies(recipe, plan),
-        changes=sync.mode == "delta" and sync.lora != "adapter",
+        **options,
     )
     return sender
