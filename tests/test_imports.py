@@ -63,6 +63,7 @@ NO_TORCH_MODULES = [
     "hpc_rl.data.order",
     "hpc_rl.data.packing",
     "hpc_rl.data.prompts",
+    "hpc_rl.data.prompt_rows",
     "hpc_rl.data.encode",
     "hpc_rl.data.media",
     "hpc_rl.data.stream",

@@ -69,6 +69,9 @@ def save_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path
     if "video_processor" in made.get_attributes():
         per_frame = 28 * 28 * (FRAMES if family == "qwen3_vl" else 1)  # Qwen3-VL counts the whole clip
         made.video_processor.size = {"shortest_edge": 14 * 14, "longest_edge": per_frame}
+        # As published; vLLM normalises frames by the numbers for pictures.
+        made.image_processor.image_mean = list(made.video_processor.image_mean)
+        made.image_processor.image_std = list(made.video_processor.image_std)
         made.save_pretrained(folder)
     return folder
 
