@@ -21,7 +21,6 @@ MAY_CHANGE: dict[str, str] = {
     "data.workers": "threads that read ahead",
     "teacher.batch_tokens": "memory of the teacher's processes",
     "teacher.limit_s": "how long a batch of the teacher may take",
-    "simulator.memory_gb": "memory of the processes of tools",
     "rollout.replicas": "more or fewer rollout engines",
     "rollout.parallel.*": "GPUs per rollout engine",
     "rollout.max_in_flight": "prompt groups per replica",
