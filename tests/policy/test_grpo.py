@@ -95,7 +95,9 @@ def test_it_learns_a_verifiable_target(proximal: str, tiny_model: Path, tmp_path
     assert rewards[-1] > 0.9, rewards
 
 
-@pytest.mark.parametrize("name", sorted(set(registry("algorithms").names()) - {"grpo", "sft", "dpo", "distill"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(registry("algorithms").names()) - {"grpo", "sft", "dpo", "distill"})
+)
 def test_every_algorithm_learns_it(name: str, tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, tiny_model, name=name)
     config = registry("algorithms").config(name, {})
