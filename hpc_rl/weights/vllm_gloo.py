@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from hpc_rl.weights.gloo import GlooChannel, GlooTransport
 from hpc_rl.weights.mirror import Mirror
 from hpc_rl.weights.names import checkpoint_names, local_folder, tied_names
 from hpc_rl.weights.nccl import NcclChannel
-from hpc_rl.weights.protocol import Channel, WeightTransferError
+from hpc_rl.weights.protocol import Bucket, Channel, WeightTransferError
 from hpc_rl.weights.receiver import Receiver
 from hpc_rl.weights.store import RedisStore
 
@@ -70,7 +71,24 @@ def make_receiver(channel: Channel, model_path: str, revision: str | None) -> Re
     return Receiver(channel, checkpoint_names(folder), tied_names(folder))
 
 
-def receive_into(model: torch.nn.Module, receiver: Receiver, info: PushUpdateInfo) -> PushReport:
+def load_buckets(model: torch.nn.Module, buckets: Iterable[Bucket], parameters: Iterable[str]) -> None:
+    """Give all buckets of a push to vLLM's `load_weights`.
+
+    Raises WeightTransferError naming those of `parameters` that vLLM says it has not loaded, as it does
+    itself when a model starts, but not in an update.
+    """
+    missing: set[str] | None = set(parameters)
+    for bucket in buckets:
+        loaded: set[str] | None = model.load_weights(iter(bucket))  # type: ignore[operator]
+        missing = None if missing is None or loaded is None else missing - loaded  # None: it does not say
+    if missing:
+        names = ", ".join(sorted(missing)[:5])
+        raise WeightTransferError(f"vLLM applied no new weights to {len(missing)} of its parameters: {names}")
+
+
+def receive_into(
+    model: torch.nn.Module, receiver: Receiver, info: PushUpdateInfo, parameters: Iterable[str]
+) -> PushReport:
     """Receive a push and give each verified bucket to vLLM's `load_weights`.
 
     Raises WeightTransferError; the model then holds a mixture and must get a whole push before use.
@@ -78,8 +96,7 @@ def receive_into(model: torch.nn.Module, receiver: Receiver, info: PushUpdateInf
     began = time.monotonic()
     deadline = began + info.timeout_s
     try:
-        for bucket in receiver.receive(info.version, deadline):
-            model.load_weights(iter(bucket))  # type: ignore[operator]
+        load_buckets(model, receiver.receive(info.version, deadline), parameters)
     except BaseException:
         receiver.channel.close()  # the sender sees the closed connection instead of waiting for its deadline
         raise
@@ -88,13 +105,17 @@ def receive_into(model: torch.nn.Module, receiver: Receiver, info: PushUpdateInf
 
 
 def receive_and_report(
-    engine: WeightTransferEngine[Any, Any], channel: GlooChannel | NcclChannel | None, info: PushUpdateInfo
+    engine: WeightTransferEngine[Any, Any],
+    channel: GlooChannel | NcclChannel | None,
+    info: PushUpdateInfo,
+    parameters: Iterable[str] = (),
 ) -> None:
     """`receive_into` the model of `engine`; the report goes into the group's rendezvous store."""
     if channel is None:
         raise WeightTransferError("update_weights before init_weight_transfer_engine")
     config = engine.model_config
-    report = receive_into(engine.model, make_receiver(channel, config.model, config.revision), info)
+    receiver = make_receiver(channel, config.model, config.revision)
+    report = receive_into(engine.model, receiver, info, parameters)
     key = f"report:{info.version}:{engine.parallel_config.rank}"
     channel.store.set(key, msgspec.msgpack.encode(report))
 
@@ -126,6 +147,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, PushUpdateInfo
 
     _channel: GlooChannel | None = None
     _fetched: Fetched | None = None
+    _parameters: frozenset[str] = frozenset()  # what a push must load
 
     @property
     def channel(self) -> GlooChannel | None:
@@ -179,19 +201,22 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, PushUpdateInfo
         store.set(key, b"")
 
     def start_weight_update(self) -> None:
+        before = {name for name, _ in self.model.named_parameters()}  # tied ones once
         initialize_layerwise_reload(self.model)
+        # A quantised layer has other parameters than it loads.
+        if self.model_config.quantization is None:
+            self._parameters = frozenset(n for n, _ in self.model.named_parameters() if n in before)
 
     def receive_weights(self, update_info: PushUpdateInfo) -> None:
         """Load what was fetched, or receive."""
         fetched, channel = self._fetched, self._channel
         if fetched is None or fetched.mirror.version != update_info.version or fetched.receiver is None:
-            receive_and_report(self, channel, update_info)
+            receive_and_report(self, channel, update_info, self._parameters)
             return
         assert channel is not None
         began = time.monotonic()
         try:
-            for bucket in fetched.mirror.buckets():
-                self.model.load_weights(iter(bucket))  # type: ignore[operator]
+            load_buckets(self.model, fetched.mirror.buckets(), self._parameters)
         except BaseException:
             channel.close()
             raise
