@@ -118,8 +118,8 @@ class MicroBatch(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class MiniBatch(msgspec.Struct, forbid_unknown_fields=True):
-    """The micro-batches `[start, end)` of a step: one optimizer update, with its own loss denominator (0: on no
-    rank is there anything to train on)."""
+    """The micro-batches `[start, end)` of a step: one optimizer update, with its own loss denominator (0: on
+    no rank is there anything to train on)."""
 
     start: int
     end: int

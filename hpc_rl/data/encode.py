@@ -231,15 +231,11 @@ def _messages(tokenizer: Any, content: Content, spec: DatasetSpec) -> list[dict[
     return as_messages(content, spec)
 
 
-def _apply(
-    tokenizer: Any, messages: list[dict[str, Any]], spec: DatasetSpec, tools: list[Any] | None
-) -> str:
+def _apply(tokenizer: Any, messages: list[dict[str, Any]], spec: DatasetSpec, tools: list[Any] | None) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=True)
-        )
+        return str(tokenizer.apply_chat_template(messages, tools, tokenize=False, add_generation_prompt=True))
     except TemplateError as error:
         roles = ", ".join(str(m["role"]) for m in messages)
         raise DataError(f"{spec.path}: the chat template refuses the roles {roles}: {error}") from error

@@ -283,8 +283,8 @@ class Teacher(Section):
 
 
 class Rollout(Section):
-    """`max_in_flight` is prompt groups per replica (auto: as many as its engine takes without a queue), `order`
-    which finished prompt groups a step takes: those that would first be older than
+    """`max_in_flight` is prompt groups per replica (auto: as many as its engine takes without a queue),
+    `order` which finished prompt groups a step takes: those that would first be older than
     `algorithm.max_staleness` (deadline), or those that come next in the data (strict). `oversample` is the
     share of a step's prompt groups that is started beyond what it needs; the slowest are cancelled."""
 
