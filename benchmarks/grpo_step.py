@@ -68,14 +68,14 @@ def make_task(folder: Path) -> None:
     (folder / "variety.py").write_text(REWARD)
 
 
-def write_recipe(folder: Path, steps: int) -> Path:
+def write_recipe(folder: Path, steps: int, *, staleness: int = 2) -> Path:
     recipe = {
         "name": "grpo-step",
         "kind": "rl",
         "output_root": str(folder / "runs"),
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"train": {"path": str(folder / "train.jsonl"), "format": "prompt_answer", "chat": False}},
-        "algorithm": {"name": "grpo", "group_size": GROUP_SIZE},
+        "algorithm": {"name": "grpo", "group_size": GROUP_SIZE, "max_staleness": staleness},
         "plugins": [str(folder / "variety.py")],
         "reward": [{"name": "python", "function": "variety:variety"}],
         "policy": {
