@@ -1,7 +1,7 @@
 """Async RL step with real vLLM and a real policy on one core each ÷ the slower half alone.
 
-The whole is `benchmarks.grpo_step`'s run: supervisor, controller, Redis, one vLLM replica, one policy rank, 16
-answers of 64 tokens a step, weights pushed every step. The halves alone are bare: the policy's forward,
+The whole is `benchmarks.grpo_step`'s run: supervisor, controller, Redis, one vLLM replica, one policy rank,
+16 answers of 64 tokens a step, weights pushed every step. The halves alone are bare: the policy's forward,
 backward and AdamW on the same sequences, and the engine generating the same groups with as many in flight,
 each on one thread. Beside each half the other core multiplies matrices: the two cores share caches and
 memory, and what they take from each other is not the system's doing. Goal: at most 1.15.
