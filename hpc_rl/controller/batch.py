@@ -39,7 +39,6 @@ class BatchOptions:
     advantage: str = "group_std"  # of algorithms.advantages
     rewards_alone: bool = False  # the samples carry rewards: the policy makes the advantages
     loss_length: int | None = None  # what constant_length divides each sequence by
-    drop_zero_variance: bool = False
     max_tokens: int = 0
     overlong_buffer: int = 0  # of max_tokens
     mini_batches: int = 1  # optimizer updates that a step's samples are split into
@@ -58,7 +57,6 @@ class BatchOptions:
             rewards_alone=algorithm.penalised_rewards,
             teacher=algorithm.needs_teacher,
             loss_length=algorithm.loss_length or max_tokens,
-            drop_zero_variance=algorithm.drop_zero_variance,
             max_tokens=max_tokens,
             overlong_buffer=max_tokens // 5 if buffer is None else buffer,
             **packing,
@@ -69,9 +67,8 @@ def to_sample(
     trajectory: Trajectory, advantage: float | FloatArray, row: int = -1, *, teacher: bool = False
 ) -> TrainSample:
     """Prompt + answer as one sequence; `row` is that of a prompt with media. `advantage` is one number, or
-    one for each turn. Tokens with a non-finite sampler
-    log-prob leave the mask, and so do all tokens of an answer that could not be scored (reward NaN); with
-    `teacher`, those that it did not score as well."""
+    one for each turn. Tokens with a non-finite sampler log-prob leave the mask, and so do all tokens of an
+    answer that could not be scored (reward NaN); with `teacher`, those that it did not score as well."""
     count, before = len(trajectory.token_ids), len(trajectory.prompt_ids)
     taught: list[float] = []
     if teacher:
@@ -129,16 +126,9 @@ def shaped_rewards(group: PromptGroup, options: BatchOptions) -> FloatArray:
     return raw_rewards(group) + overlong_penalty(lengths, options.max_tokens, options.overlong_buffer)
 
 
-def kept_groups(groups: list[PromptGroup], options: BatchOptions) -> list[PromptGroup]:
-    """Those that are trained: all, or (`drop_zero_variance`) those whose answers were scored differently."""
-    if not options.drop_zero_variance:
-        return groups
-    return [group for group in groups if _teaches(group, options)]
-
-
-def _teaches(group: PromptGroup, options: BatchOptions) -> bool:
+def teaches(group: PromptGroup, credit: str) -> bool:
     """Whether the answers of a group were scored differently; with credit of turns, their ends or turns."""
-    if options.credit == "trajectory":
+    if credit == "trajectory":
         return has_signal(raw_rewards(group))
     turns = turn_advantages("group_mean", [_outcomes(group, raw_rewards(group))], [_turn_rewards(group)])
     return any(values.any() for values in turns[0])
@@ -156,19 +146,18 @@ def _outcomes(group: PromptGroup, rewards: FloatArray) -> FloatArray:
 def make_samples(groups: list[PromptGroup], options: BatchOptions) -> list[TrainSample]:
     """Advantages (they need rewards alone), then one sample per trajectory, in order. With
     `options.rewards_alone` the rewards are where advantages are, 0 where scoring failed."""
-    kept = kept_groups(groups, options)
-    rewards = [shaped_rewards(group, options) for group in kept]
+    rewards = [shaped_rewards(group, options) for group in groups]
     advantages: Sequence[Sequence[float | FloatArray]]
     if options.rewards_alone:
-        advantages = [np.nan_to_num(group, nan=0.0).tolist() for group in rewards]
+        advantages = [np.nan_to_num(values, nan=0.0).tolist() for values in rewards]
     elif options.credit == "turn":
-        outcomes = [_outcomes(group, values) for group, values in zip(kept, rewards, strict=True)]
-        advantages = turn_advantages(options.advantage, outcomes, [_turn_rewards(group) for group in kept])
+        outcomes = [_outcomes(group, values) for group, values in zip(groups, rewards, strict=True)]
+        advantages = turn_advantages(options.advantage, outcomes, [_turn_rewards(group) for group in groups])
     else:
         advantages = [values.tolist() for values in step_advantages(options.advantage, rewards)]
     return [
         to_sample(trajectory, advantage, media_row_of(group), teacher=options.teacher)
-        for group, values in zip(kept, advantages, strict=True)
+        for group, values in zip(groups, advantages, strict=True)
         for trajectory, advantage in zip(group.trajectories, values, strict=True)
     ]
 

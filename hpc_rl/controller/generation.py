@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hpc_rl.algorithms.advantages import has_signal
 from hpc_rl.bus import messages as m
-from hpc_rl.controller.batch import raw_rewards
+from hpc_rl.controller.batch import teaches
 from hpc_rl.controller.dispatch import Dispatcher
 from hpc_rl.controller.evaluation import Evaluator
 from hpc_rl.controller.members import AttemptFailed, Members, Replica
 from hpc_rl.controller.prompts import PromptSource, prompt_seed
 from hpc_rl.controller.window import NO_SIGNAL, Flight, PromptWindow
 from hpc_rl.recipe.schema import Recipe
+from hpc_rl.simulators.config import credit_of
 from hpc_rl.types import Sampling
 
 LOG = logging.getLogger("hpc_rl.controller")
@@ -44,7 +44,7 @@ class Generation:
         limit = recipe.rollout.max_in_flight
         self.dispatch = Dispatcher(members, None if limit == "auto" else limit)
         self._recipe, self._algorithm, self._members = recipe, algorithm, members
-        self._max_tokens = recipe.rollout.max_tokens
+        self._max_tokens, self._credit = recipe.rollout.max_tokens, credit_of(recipe)
         self._send, self._tell = send, tell
         self._last_answer = time.monotonic()
 
@@ -95,7 +95,7 @@ class Generation:
     def done(self, message: m.GroupDone) -> None:
         """A prompt group of the training data came back."""
         ordinal, owner = message.group.prompt.ordinal, (message.replica, message.incarnation, message.tag)
-        if self._algorithm.drop_zero_variance and not has_signal(raw_rewards(message.group)):
+        if self._algorithm.drop_zero_variance and not teaches(message.group, self._credit):
             self.window.drop(ordinal, owner, NO_SIGNAL, message.group)
         else:
             self.window.finish(ordinal, owner, message.group)

@@ -14,6 +14,7 @@ from hpc_rl.controller.batch import (
     loss_denominator,
     make_samples,
     rollout_metrics,
+    teaches,
     to_sample,
     train_steps,
 )
@@ -133,21 +134,14 @@ def test_an_unscored_sample_counts_in_no_mean() -> None:
     assert make_samples([scored], options())[1].advantages[-1] == 0
 
 
-def test_groups_of_equal_scores_leave_before_anything_is_counted() -> None:
+def test_a_group_teaches_when_its_scores_differ() -> None:
     """DAPO's filter looks at the scores, not at what the length makes of them."""
     long = group(2, [1.0, 1.0])
     long.trajectories[0].token_ids, long.trajectories[0].log_probs = list(range(20)), [-0.5] * 20
     groups = [group(0, [1.0, 1.0]), group(1, [1.0, 0.0]), long]
-    plain = options(max_tokens=20, overlong_buffer=10)
-    filtered = options(max_tokens=20, overlong_buffer=10, drop_zero_variance=True)
-    assert {s.ordinal for s in make_samples(groups, plain)} == {0, 1, 2}
-    prepared = PreparedStep.of(1, groups, filtered)
-    (command,) = prepared.commands
-    assert {s.ordinal for batch in command.micro_batches for s in batch.samples} == {1}
-    assert command.denominator == 8, "two answers of four tokens"
-    assert prepared.metrics["rollout/zero_variance_groups"] == pytest.approx(2 / 3)
-    assert prepared.metrics["rollout/groups"] == 3
-    assert PreparedStep.of(1, [group(0, [1.0, 1.0])], filtered).empty
+    assert [teaches(one, "trajectory") for one in groups] == [False, True, False]
+    shaped = options(max_tokens=20, overlong_buffer=10)
+    assert any(make_samples([long], shaped)[0].advantages)
 
 
 def test_the_reward_falls_towards_the_limit() -> None:
@@ -224,8 +218,7 @@ def test_credit_of_turns_gives_each_turn_its_own_advantage() -> None:
     assert whole[0].advantages[3] == whole[0].advantages[6] == pytest.approx(1.2 - 2.2 / 3)
     # Totals are equal, and still the turns teach something.
     equal = PromptGroup(prompt, [episode(0, 0.2, [0.2, 0.0]), episode(1, 0.2, [0.0, 0.2])])
-    assert make_samples([equal], options(drop_zero_variance=True)) == []
-    assert len(make_samples([equal], options(drop_zero_variance=True, credit="turn"))) == 2
+    assert (teaches(equal, "trajectory"), teaches(equal, "turn")) == (False, True)
 
 
 def test_numbers_of_trajectories_are_reported_as_means() -> None:

@@ -27,4 +27,3 @@ def test_a_run_ends_and_its_steps_are_those_of_the_algorithm(name: str, tmp_path
     }  # fmt: skip
     assert simulation.denominators == {expected.get(name, tokens)}
     assert controller.packing.overlong_buffer == (MAX_TOKENS // 5 if name == "dapo" else 0)
-    assert controller.packing.drop_zero_variance == (name == "dapo")
