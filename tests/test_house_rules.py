@@ -100,3 +100,10 @@ def test_nothing_unpickles() -> None:
                 names = [] if writes else [node.module or ""]
             found += [f"{path.relative_to(ROOT)}:{node.lineno}" for n in names if n.split(".")[0] in banned]
     assert not found, found
+
+
+def test_no_two_test_files_are_one_module_to_pytest() -> None:
+    """In folders that are no packages a test file is a module of its bare name."""
+    loose = [path for path in _files("tests/**/test_*.py") if not (path.parent / "__init__.py").exists()]
+    names = [path.stem for path in loose]
+    assert not (twice := sorted({name for name in names if names.count(name) > 1})), twice

@@ -77,10 +77,16 @@ def reward_specs(sections: list[dict[str, Any]]) -> list[RewardSpec]:
         weight = float(section.get("weight", 1.0))
         # `code` bounds itself and should get to its own end, which cleans up.
         usual = LIMIT_S if name != "code" else max(LIMIT_S, float(options.get("total_s", 0.0)) + 10.0)
-        usual = MODEL_LIMIT_S if is_served(section) else usual
+        usual = MODEL_LIMIT_S if _known(name) and is_served(section) else usual
         limit_s, memory_gb = float(section.get("limit_s", usual)), section.get("memory_gb")
         specs.append(RewardSpec(key, name, weight, options, limit_s, memory_gb))
     return specs
+
+
+def _known(name: str) -> bool:
+    """A plugin's reward is known where the plugin is imported, which is the scorer's process at the latest:
+    it says of a name that is no reward what there is."""
+    return name in registry("rewards").names()
 
 
 def make_reward(spec: RewardSpec) -> Score:
